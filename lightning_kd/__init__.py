@@ -1,0 +1,48 @@
+"""Knowledge distillation for vision networks as PyTorch Lightning modules and callbacks."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_kd.cli import main
+    from lightning_kd.knowledge import Ensemble, Knowledge
+    from lightning_kd.modules import Distiller, MultiTeacher, Supervised
+    from lightning_kd.teachers import Teacher
+
+__version__ = "0.1.0"
+
+# resolved on first use, so that an exported student loads in a process that never imports Lightning
+_HOMES = {
+    "Distiller": "modules",
+    "Ensemble": "knowledge",
+    "Knowledge": "knowledge",
+    "MultiTeacher": "modules",
+    "Supervised": "modules",
+    "Teacher": "teachers",
+    "main": "cli",
+}
+
+__all__ = [
+    "Distiller",
+    "Ensemble",
+    "Knowledge",
+    "MultiTeacher",
+    "Supervised",
+    "Teacher",
+    "main",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:  # the rooms: lightning_kd.losses works without importing it first
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

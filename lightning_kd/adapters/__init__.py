@@ -1,0 +1,6 @@
+"""Feature taps, and projections that size themselves."""
+
+from lightning_kd.adapters.projection import Projection
+from lightning_kd.adapters.tap import Tap, find_layer
+
+__all__ = ["Projection", "Tap", "find_layer"]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Knowledge
+
+
+def find_layer(network: nn.Module, layer: str) -> nn.Module:
+    """Look up a layer by its dotted name, inside wrappers such as ``Normalized`` too.
+
+    Raises:
+        ValueError: If there is no such layer; the message lists near names.
+    """
+    named = dict(network.named_modules())
+    for name in (layer, f"network.{layer}"):
+        if layer and name in named:
+            return named[name]
+    names = [name.removeprefix("network.") for name in named if name]
+    near = difflib.get_close_matches(layer, names, n=6, cutoff=0.4) or names[:12]
+    raise ValueError(
+        f"Expected the name of a layer of {type(network).__name__}, got {layer!r}. "
+        f"Near names: {', '.join(near)}."
+    )
+
+
+class _Record:
+    """A forward hook that notes one layer's output and that output's version."""
+
+    def __init__(self, store: dict[str, tuple[Tensor, int]], layer: str) -> None:
+        self.store, self.layer = store, layer
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
+                f"layer inside or behind it."
+            )
+        self.store[self.layer] = (output, output._version)
+
+
+class Tap:
+    """Runs a network and returns its ``Knowledge``: logits and the outputs of named layers.
+
+    Args:
+        network: Any network; it keeps one forward hook for each layer.
+        layers: Dotted names as ``named_modules()`` gives them.
+
+    Raises:
+        ValueError: If a layer does not exist.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str] = ()) -> None:
+        self.network = network
+        self.layers = tuple(dict.fromkeys(layers))
+        self._store: dict[str, tuple[Tensor, int]] = {}
+        self._handles = [
+            find_layer(network, layer).register_forward_hook(_Record(self._store, layer))
+            for layer in self.layers
+        ]
+
+    def __call__(self, x: Tensor) -> Knowledge:
+        """Run the network on images, shape (B, C, H, W).
+
+        Raises:
+            RuntimeError: If a tapped layer did not run, or its output was changed in place.
+        """
+        self._store.clear()  # nothing of an earlier batch may survive
+        output = self.network(x)
+        features = {}
+        for layer in self.layers:
+            if layer not in self._store:
+                raise RuntimeError(f"Layer {layer!r} did not run in this forward pass.")
+            features[layer], version = self._store[layer]
+            if features[layer]._version != version:
+                raise RuntimeError(
+                    f"The output of layer {layer!r} was changed in place by the layer behind it "
+                    f"(an in-place ReLU, most often): name that layer instead."
+                )
+        self._store.clear()
+        return Knowledge.of(output, features)
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lightning_kd.data.augment import crop_and_flip
+from lightning_kd.data.batches import Batches, Order, seeded
+
+Labelled = tuple[Tensor, Tensor]
+
+
+class ImageData(LightningDataModule):
+    """Images held in memory as one uint8 tensor; batches are cut from it, without workers.
+
+    Batches reach the module as (images in [0, 1], labels), shape (B, C, H, W) and (B,); -1 means
+    "unlabelled". Shuffle and augmentation depend on (seed, epoch, step) alone, so a resumed run
+    goes on as if it had never stopped. A subclass gives ``load``, ``num_classes`` and
+    ``image_shape``.
+
+    Args:
+        root: Folder of the data; ``null``: the variable LIGHTNING_KD_DATA, else ``data``.
+        batch_size: Images a batch and process.
+        val_split: Held out of the training images for validation: a fraction below 1, or a count.
+        subset: Use so many training images only: a fraction up to 1, or a count; ``null``: all.
+        labelled_fraction: Share of each class whose labels are kept; the others become -1.
+        keep_unlabelled: Keep images without a label in training; a baseline leaves them out.
+        crop_padding: Random crops after padding by so many pixels; 0: none.
+        flip: Random horizontal flips.
+        drop_last: Leave out a last training batch that is not full.
+        download: Fetch the data if it is not there.
+        split_seed: Chooses validation images, subset and labelled images; not the run's seed.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 128,
+        val_split: float = 0.1,
+        subset: float | None = None,
+        labelled_fraction: float = 1.0,
+        keep_unlabelled: bool = True,
+        crop_padding: int = 0,
+        flip: bool = False,
+        drop_last: bool = False,
+        download: bool = True,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"Expected batch_size >= 1, got {batch_size}.")
+        if val_split < 0:
+            raise ValueError(f"Expected val_split >= 0, got {val_split}.")
+        if subset is not None and subset <= 0:
+            raise ValueError(f"Expected subset > 0 or null, got {subset}.")
+        if not 0 <= labelled_fraction <= 1:
+            raise ValueError(f"Expected labelled_fraction from 0 to 1, got {labelled_fraction}.")
+        self.root = Path(root or os.environ.get("LIGHTNING_KD_DATA") or "data").expanduser()
+        self.batch_size, self.val_split, self.subset = batch_size, val_split, subset
+        self.labelled_fraction, self.keep_unlabelled = labelled_fraction, keep_unlabelled
+        self.crop_padding, self.flip, self.drop_last = crop_padding, flip, drop_last
+        self.download, self.split_seed = download, split_seed
+        self.shuffle_seed: int | None = None
+        self._train: Labelled | None = None
+        self._val: Labelled | None = None
+        self._test: Labelled | None = None
+
+    @abstractmethod
+    def load(self, train: bool) -> Labelled:
+        """Read the training or test images: uint8 (N, C, H, W) and int64 labels (N,)."""
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Read and split what ``stage`` needs; later calls find it there."""
+        if stage in ("fit", "validate") and self._train is None:
+            self._train, self._val = self._split(*self._checked(True))
+        if stage in ("test", "predict") and self._test is None:
+            self._test = self._checked(False)
+        if stage == "fit" and self.shuffle_seed is None:
+            seed = torch.initial_seed() % 2**31
+            self.shuffle_seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
+
+    def train_dataloader(self) -> Batches:
+        """Shuffled batches of (images, labels, random draws)."""
+        return self._batches(self._train, train=True)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        """Held-out training images in order; nothing if ``val_split`` is 0."""
+        return self._batches(self._val) if self._val and len(self._val[1]) else []
+
+    def test_dataloader(self) -> Batches:
+        """Test images in order."""
+        return self._batches(self._test)
+
+    def predict_dataloader(self) -> Batches:
+        """Test images in order."""
+        return self._batches(self._test)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Scale to [0, 1] and augment, on the device and for the whole batch at once."""
+        images, labels, *draws = batch
+        if draws and (self.crop_padding or self.flip):
+            images = crop_and_flip(images, draws[0], self.crop_padding, self.flip)
+        return images.float().div_(255), labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the shuffle, so that a resumed run keeps the order."""
+        return {"shuffle_seed": self.shuffle_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the seed of the run that is resumed."""
+        self.shuffle_seed = state_dict["shuffle_seed"]
+
+    # ------------------------------------------------------------------ parts
+
+    def fetch(self, source: Labelled, plan: Iterator[Tensor]) -> Iterator[Labelled]:
+        """Yield (images, labels) for each tensor of indices in ``plan``."""
+        images, labels = source
+        for indices in plan:
+            yield images[indices], labels[indices]
+
+    def _batches(self, source: Labelled | None, train: bool = False) -> Batches:
+        if source is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no data yet: call setup('fit') or setup('test') first."
+            )
+        order = Order(
+            len(source[1]),
+            self.batch_size,
+            shuffle=train,
+            seed=lambda: self.shuffle_seed or 0,
+            drop_last=self.drop_last,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        if not len(order):
+            raise ValueError(
+                f"Expected at least one batch, got {len(source[1])} images for batches of "
+                f"{self.batch_size} with drop_last={self.drop_last}."
+            )
+        return Batches(order, lambda plan: self.fetch(source, plan), train)
+
+    def _checked(self, train: bool) -> Labelled:
+        images, labels = self.load(train)
+        name = f"{type(self).__name__} ({'training' if train else 'test'} images)"
+        if not len(labels):
+            raise ValueError(f"Expected images in {name}, found none under {self.root}.")
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= self.num_classes:
+            raise ValueError(
+                f"Expected labels of {name} from 0 to {self.num_classes - 1}, or -1 for "
+                f"unlabelled, got {low} to {high}."
+            )
+        return images, labels
+
+    def _split(self, images: Any, labels: Tensor) -> tuple[Labelled, Labelled]:
+        order = torch.randperm(len(labels), generator=seeded(self.split_seed))
+        held = self._count(self.val_split, len(order), "val_split")
+        if held >= len(order):
+            raise ValueError(
+                f"Expected val_split to leave images to train on, got {self.val_split} of "
+                f"{len(order)}."
+            )
+        val, train = order[:held], order[held:]
+        if self.subset is not None:
+            train = train[: max(1, self._count(self.subset, len(train), "subset"))]
+        hidden = labels.clone()
+        hidden[train] = self._hide(labels[train])
+        if not self.keep_unlabelled:
+            train = train[hidden[train] >= 0]
+        if not len(train):
+            raise ValueError(
+                "Expected training images, got none: no image has a label and keep_unlabelled is "
+                "false."
+            )
+        return self.take(images, hidden, train), self.take(images, labels, val)
+
+    def take(self, images: Any, labels: Tensor, indices: Tensor) -> Labelled:
+        """Part of the data, in the given order."""
+        return images[indices], labels[indices]
+
+    def _hide(self, labels: Tensor) -> Tensor:
+        """Keep the labels of the first share of each class, at least one, and hide the rest."""
+        if self.labelled_fraction == 1:
+            return labels
+        classes = labels[:, None] == torch.arange(self.num_classes)
+        rank = (classes.cumsum(0) - 1)[classes.any(1)].gather(1, labels[labels >= 0, None])[:, 0]
+        quota = (classes.sum(0) * self.labelled_fraction).round()
+        quota = quota.clamp(min=1) if self.labelled_fraction else quota
+        hidden = labels.clone()
+        known = hidden[labels >= 0]
+        hidden[labels >= 0] = torch.where(rank < quota[known], known, -1)
+        return hidden
+
+    @staticmethod
+    def _count(amount: float, total: int, name: str) -> int:
+        count = round(amount * total) if amount <= 1 and not isinstance(amount, int) else int(amount)
+        if count > total:
+            raise ValueError(f"Expected {name} of at most {total} images, got {count}.")
+        return count

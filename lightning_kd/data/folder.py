@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as image_ops
+
+from lightning_kd.data.base import ImageData, Labelled
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+
+
+class _Files(Dataset[Labelled]):
+    """Reads image files, scaled and cropped to one square size."""
+
+    def __init__(self, paths: list[Path], labels: Tensor, shape: tuple[int, int, int]) -> None:
+        self.paths, self.labels, self.shape = paths, labels, shape
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Labelled:
+        path = self.paths[index]
+        mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
+        try:
+            image = decode_image(str(path), mode=mode)
+        except RuntimeError as error:
+            raise ValueError(f"Expected an image at {path}: {error}") from error
+        image = image_ops.resize(image, [self.shape[1]])
+        return image_ops.center_crop(image, [self.shape[1]]), self.labels[index]
+
+
+class ImageFolder(ImageData):
+    """Your own images: ``root/train`` and, if you like, ``root/test``.
+
+    Below each, one folder a class; images that lie there directly have no label (-1). All are
+    scaled and centre-cropped to one square size, by worker processes, since they need not fit in
+    memory.
+
+    Args:
+        root: Folder that holds ``train`` and ``test``; ``null``: the variable LIGHTNING_KD_DATA,
+            else ``data``.
+        image_size: Side of the images in pixels.
+        channels: 3 (colour) or 1 (grey).
+        num_workers: Processes that read files.
+        class_names: Classes in the order of their labels; ``null``: the folders of ``train``,
+            sorted. Needed where no image has a label.
+        batch_size: Images a batch and process.
+        val_split: Held out of the training images for validation: a fraction below 1, or a count.
+        subset: Use so many training images only: a fraction up to 1, or a count; ``null``: all.
+        labelled_fraction: Share of each class whose labels are kept; the others become -1.
+        keep_unlabelled: Keep images without a label in training; a baseline leaves them out.
+        crop_padding: Random crops after padding by so many pixels; 0: none.
+        flip: Random horizontal flips.
+        drop_last: Leave out a last training batch that is not full.
+        split_seed: Chooses validation images, subset and labelled images; not the run's seed.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If no class can be found, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        image_size: int = 224,
+        channels: int = 3,
+        num_workers: int = 2,
+        class_names: list[str] | None = None,
+        batch_size: int = 128,
+        val_split: float = 0.1,
+        subset: float | None = None,
+        labelled_fraction: float = 1.0,
+        keep_unlabelled: bool = True,
+        crop_padding: int = 0,
+        flip: bool = False,
+        drop_last: bool = False,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root=root,
+            batch_size=batch_size,
+            val_split=val_split,
+            subset=subset,
+            labelled_fraction=labelled_fraction,
+            keep_unlabelled=keep_unlabelled,
+            crop_padding=crop_padding,
+            flip=flip,
+            drop_last=drop_last,
+            download=False,
+            split_seed=split_seed,
+        )
+        self.image_shape = (channels, image_size, image_size)
+        self.num_workers = num_workers
+        if class_names is None:
+            folder = self.root / "train"
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"Expected the training images in {folder.resolve()}, found no such folder. "
+                    f"Set --data.root."
+                )
+            class_names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+            if not class_names:
+                raise ValueError(
+                    f"Expected one folder a class in {folder}, found none. If your images have no "
+                    f"labels, name the teacher's classes: --data.class_names."
+                )
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+
+    def load(self, train: bool) -> tuple[Any, Tensor]:
+        """Paths of the images and their labels (N,); the files are read batch by batch."""
+        folder = self.root / ("train" if train else "test")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"Expected images in {folder.resolve()}, found no such folder.")
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        labels = []
+        for path in paths:
+            parts = path.relative_to(folder).parts
+            name = parts[0] if len(parts) > 1 else None
+            if name is not None and name not in self.class_names:
+                raise ValueError(
+                    f"Expected the folders of {folder} to be classes of "
+                    f"{', '.join(self.class_names[:8])}, got {name!r}."
+                )
+            labels.append(-1 if name is None else self.class_names.index(name))
+        return paths, torch.tensor(labels, dtype=torch.int64)
+
+    def take(self, images: Any, labels: Tensor, indices: Tensor) -> tuple[Any, Tensor]:
+        """Part of the paths, in the given order."""
+        return [images[i] for i in indices.tolist()], labels[indices]
+
+    def fetch(self, source: Any, plan: Iterator[Tensor]) -> Iterator[Labelled]:
+        """Yield (images, labels), read by worker processes."""
+        loader = DataLoader(
+            _Files(*source, self.image_shape),
+            batch_sampler=[indices.tolist() for indices in plan],
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(0),  # else it draws from the global one
+        )
+        yield from loader

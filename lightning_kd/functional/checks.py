@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def check_same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+    """Raise ``ValueError`` unless student and teacher tensors have one shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"Expected student and teacher {what} of one shape, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}."
+        )
+
+
+def check_positive(value: float, name: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"Expected {name} > 0 and finite, got {value}.")

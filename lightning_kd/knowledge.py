@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import combine
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What one network says about one batch.
+
+    Args:
+        logits: Shape (B, K, ...).
+        features: Layer name to its output, shape (B, ...).
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: Any, features: dict[str, Tensor] | None = None) -> Knowledge:
+        """Read a network's output: a tensor, a mapping or an object with ``logits`` (or ``out``).
+
+        Raises:
+            TypeError: If no logits can be found in ``output``.
+        """
+        if not isinstance(output, Tensor):
+            for key in ("logits", "out"):
+                named = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+                if isinstance(named, Tensor):
+                    output = named
+                    break
+            else:
+                raise TypeError(
+                    f"Expected a network to return logits as a tensor, or as `logits` or `out` of "
+                    f"a mapping or object, got {type(output).__name__}: wrap the network."
+                )
+        return cls(output, features or {})
+
+    def feature(self, layer: str) -> Tensor:
+        """Output of ``layer``, shape (B, ...).
+
+        Raises:
+            KeyError: If that layer was not tapped.
+        """
+        if layer not in self.features:
+            raise KeyError(
+                f"Layer {layer!r} was not recorded, only {sorted(self.features)}: name it in the "
+                f"loss's student_layers() or teacher_layers()."
+            )
+        return self.features[layer]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What several teachers say about one batch, and how much each is trusted.
+
+    Args:
+        members: Knowledge of each teacher that ran.
+        weights: Trust, shape (M,) or (M, B), summing to 1 over M.
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        indices: Position of each member in the module's list of teachers (some may not have run).
+    """
+
+    members: Sequence[Knowledge]
+    weights: Tensor
+    space: str = "probability"
+    indices: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in the plain case: all teachers ran."""
+        if not self.indices:
+            object.__setattr__(self, "indices", tuple(range(len(self.members))))
+
+    def log_probabilities(self, temperature: float = 1.0) -> Tensor:
+        """Weighted mean answer at a temperature as log-probabilities, shape (B, K, ...)."""
+        if len(self.members) == 1:  # the weights sum to 1, so there is nothing to average
+            return combine(
+                self.members[0].logits[None], self.weights.new_ones(1), temperature, "logit"
+            )
+        logits = torch.stack([member.logits for member in self.members])
+        return combine(logits, self.weights, temperature, self.space)
+
+    def average(self, values: Sequence[Tensor]) -> Tensor:
+        """Weighted mean over teachers, then mean over the batch.
+
+        Args:
+            values: One per-sample tensor (B,) for each member.
+
+        Returns:
+            A scalar.
+        """
+        stacked = torch.stack(list(values))
+        weights = self.weights.to(stacked)
+        return ((weights if weights.dim() == 2 else weights[:, None]) * stacked).sum(0).mean()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_kd.adapters import Projection
+from lightning_kd.functional import hint_distance
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import LayerLoss
+
+
+class Hint(LayerLoss):
+    """Match a student layer to a teacher layer, through one learned projection a teacher.
+
+    Projections size themselves from a dry run, are trained with the student and are not exported.
+
+    Args:
+        student_layer: Dotted name of a student layer.
+        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        power: 1 (absolute) or 2 (squared) difference.
+        adapter: Use projections; without them both layers must have one shape.
+        weight: Multiplier of this term in the total loss; 100 is usual for squared differences.
+
+    Source:
+        Romero et al. (FitNets), https://arxiv.org/abs/1412.6550, equation 3. Differs from the
+        paper: one stage, trained jointly with the other terms, as RepDistiller does.
+    """
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str | list[str],
+        power: int = 2,
+        adapter: bool = True,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(student_layer, teacher_layer, weight)
+        if power not in (1, 2):
+            raise ValueError(f"Expected power 1 or 2, got {power}.")
+        self.power = power
+        self.adapter = adapter
+        self.projections = nn.ModuleList()
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """Make one projection for each teacher."""
+        if self.adapter and not self.projections:
+            shape = student.feature(self.student_layer).shape
+            self.projections.extend(
+                Projection(shape, self.teacher_feature(m, teacher).shape)
+                for m, teacher in enumerate(teachers)
+            )
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        feature = student.feature(self.student_layer)
+        return teachers.average(
+            [
+                hint_distance(
+                    self.projections[m](feature) if self.adapter else feature,
+                    self.teacher_feature(m, teacher),
+                    self.power,
+                )
+                for m, teacher in zip(teachers.indices, teachers.members, strict=True)
+            ]
+        )

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_kd.functional import logit_mse
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import DistillationLoss
+
+
+class LogitMSE(DistillationLoss):
+    """Mean squared difference between the student's and each teacher's logits.
+
+    Args:
+        weight: Multiplier of this term in the total loss.
+
+    Source:
+        Ba & Caruana 2014, https://arxiv.org/abs/1312.6184, equation 1 (mean over classes here).
+    """
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        return teachers.average([logit_mse(student.logits, t.logits) for t in teachers.members])

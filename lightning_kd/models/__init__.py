@@ -1,0 +1,30 @@
+"""Small networks that torchvision lacks, and pretrained weights; importable without Lightning."""
+
+from lightning_kd.models.normalized import Normalized
+from lightning_kd.models.pretrained import pretrained
+from lightning_kd.models.resnet import (
+    CifarResNet,
+    resnet8,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
+
+__all__ = [
+    "CifarResNet",
+    "Normalized",
+    "WideResNet",
+    "pretrained",
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "wide_resnet",
+]

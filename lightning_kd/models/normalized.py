@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalized(nn.Module):
+    """A network with the input normalisation it was trained with.
+
+    The data modules give images in [0, 1]; each network normalises for itself, because real
+    teachers differ in it.
+
+    Args:
+        network: The network.
+        mean: Of each channel, for images in [0, 1].
+        std: Of each channel, > 0.
+
+    Raises:
+        ValueError: If the lengths differ or a std is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ValueError(
+                f"Expected mean and std of one length, one number a channel, std > 0, got {mean} "
+                f"and {std}."
+            )
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in [0, 1], shape (B, C, H, W), to the network's output."""
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"Expected images of {len(self.mean)} channels (one mean each), got {x.shape[1]}."
+            )
+        output: Tensor = self.network((x - self.mean) / self.std)
+        return output

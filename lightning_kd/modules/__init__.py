@@ -1,0 +1,7 @@
+"""The paradigms, each a LightningModule."""
+
+from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.multi_teacher import MultiTeacher
+from lightning_kd.modules.supervised import Supervised
+
+__all__ = ["Distiller", "MultiTeacher", "Supervised"]

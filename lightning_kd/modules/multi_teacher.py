@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from lightning_kd.losses import DistillationLoss, SoftTarget
+from lightning_kd.modules.base import Distiller
+from lightning_kd.weighting import Weighting
+
+
+class MultiTeacher(Distiller):
+    r"""One student learns from labels and from one or more frozen teachers.
+
+    .. math:: w_{task} CE(z^S, y) + \sum_i w_i L_i(student, teachers)
+
+    With one teacher and the default loss it is Hinton's distillation.
+
+    Args:
+        student: The network to train.
+        teachers: One or more trained networks of the same classes; they are never touched.
+        losses: What is transferred, each with its weight; ``null``: ``SoftTarget`` at temperature
+            4, weight 0.9.
+        weighting: Whom to trust; ``null``: ``Uniform``.
+        task_weight: Multiplier of the cross-entropy with the labels; labels of -1 are left out.
+        label_smoothing: Probability mass spread over all classes, in [0, 1).
+        optimizer: ``null``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
+        scheduler: Learning rate schedule; ``null``: constant.
+        scheduler_interval: ``"epoch"`` or ``"step"``: when the schedule moves.
+        num_classes: Of the data, checked against the networks; the command line fills it in.
+
+    Raises:
+        ValueError: If there is no teacher, or student and teacher share weights.
+
+    Source:
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531; You et al., KDD 2017.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: list[nn.Module],
+        losses: list[DistillationLoss] | None = None,
+        weighting: Weighting | None = None,
+        task_weight: float = 0.1,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: str = "epoch",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not teachers:
+            raise ValueError(
+                "Expected at least one teacher, got none: list networks under `teachers`, or use "
+                "Supervised to learn from labels alone."
+            )
+        self.assemble(
+            student,
+            teachers,
+            [SoftTarget(temperature=4.0, weight=0.9)] if losses is None else losses,
+            weighting,
+            task_weight,
+            label_smoothing,
+            optimizer,
+            scheduler,
+            scheduler_interval,
+            num_classes,
+        )

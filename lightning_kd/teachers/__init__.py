@@ -1,0 +1,5 @@
+"""Who knows."""
+
+from lightning_kd.teachers.teacher import Teacher
+
+__all__ = ["Teacher"]

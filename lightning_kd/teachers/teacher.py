@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kd.adapters import Tap
+from lightning_kd.knowledge import Knowledge
+
+
+class Teacher(nn.Module):
+    """A frozen network that is asked but never touched.
+
+    Its network stays outside the module tree: it moves with ``.to()``, but no optimizer,
+    ``state_dict``, ``train()``, ``apply()`` or DDP broadcast ever reaches it. What was given is not
+    part of what is learned. Gradient may flow *through* it to its input (data-free methods need
+    that), so ``no_grad`` belongs at the call site.
+
+    Args:
+        network: Any classifier; it is put in eval mode and its parameters are frozen.
+    """
+
+    _given: tuple[nn.Module]  # a tuple, because nn.Module would register a plain attribute
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._given = (network.eval().requires_grad_(False),)
+        self._tap = Tap(network)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself."""
+        return self._given[0]
+
+    def listen(self, layers: Sequence[str]) -> None:
+        """Record the outputs of ``layers`` from now on, instead of those recorded before.
+
+        Raises:
+            ValueError: If a layer does not exist.
+        """
+        self._tap.remove()
+        self._tap = Tap(self.network, layers)
+
+    def forward(self, x: Tensor) -> Knowledge:
+        """Answer for images, shape (B, C, H, W)."""
+        if self.network.training:  # somebody holds the network and called train() on it
+            self.network.eval()
+        return self._tap(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        """Move the network along with the module that holds this teacher."""
+        super()._apply(fn, recurse)
+        self.network._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """Share the network: copies (of weight averaging, say) need no second set of weights."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        return twin
+
+    def extra_repr(self) -> str:
+        """Name the network in ``print``."""
+        return f"{type(self.network).__name__}, frozen"

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class Fixed(Weighting):
+    """Weights that the user gives; a teacher of weight 0 is never run.
+
+    Args:
+        weights: One number >= 0 for each teacher; scaled to sum to 1.
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or none is positive.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: list[float], space: str = "probability") -> None:
+        super().__init__(space)
+        if not weights or min(weights) < 0 or not 0 < math.fsum(weights) < math.inf:
+            raise ValueError(
+                f"Expected weights >= 0, one for each teacher and not all 0, got {weights}."
+            )
+        self.given = list(weights)
+        positive = torch.tensor([w for w in weights if w > 0], dtype=torch.float64)
+        self.register_buffer("weights", (positive / positive.sum()).float(), persistent=False)
+
+    def active(self, num_teachers: int) -> Sequence[int]:
+        """Teachers of positive weight.
+
+        Raises:
+            ValueError: If the number of weights is not that of the teachers.
+        """
+        if num_teachers != len(self.given):
+            raise ValueError(
+                f"Expected one weight for each of {num_teachers} teachers, got {len(self.given)}: "
+                f"{self.given}."
+            )
+        return [m for m, weight in enumerate(self.given) if weight > 0]
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge | None, target: Tensor | None
+    ) -> Tensor:
+        """The given weights of the active teachers, shape (M,)."""
+        return self.weights

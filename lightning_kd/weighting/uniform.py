@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class Uniform(Weighting):
+    """Every teacher counts the same.
+
+    Args:
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Source:
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2; You et al., KDD 2017.
+    """
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge | None, target: Tensor | None
+    ) -> Tensor:
+        """Weights 1 / M, shape (M,)."""
+        m = len(teachers)
+        return teachers[0].logits.new_full((m,), 1.0 / m).float()
