@@ -29,6 +29,7 @@ class Normalized(nn.Module):
                 f"Expected mean and std of one length, one number a channel, std > 0, got {mean} "
                 f"and {std}."
             )
+        self.init_args = {"network": network, "mean": mean, "std": std}  # for an export
         self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)

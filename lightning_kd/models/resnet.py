@@ -97,6 +97,14 @@ class CifarResNet(nn.Module):
             raise ValueError(f"Expected depth 6 n + 2 (8, 14, 20, 32, ...), got {depth}.")
         if shortcut not in ("pad", "projection"):
             raise ValueError(f'Expected shortcut "pad" or "projection", got {shortcut!r}.')
+        self.init_args = {  # so that an export knows how to build it
+            "depth": depth,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "width": width,
+            "shortcut": shortcut,
+            "stem_stride": stem_stride,
+        }
         self.conv1 = nn.Conv2d(in_channels or 3, width, 3, stem_stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         blocks = (depth - 2) // 6

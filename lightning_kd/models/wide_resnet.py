@@ -69,6 +69,14 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"Expected depth 6 n + 4 (10, 16, 22, 28, 40), got {depth}.")
+        self.init_args = {  # so that an export knows how to build it
+            "depth": depth,
+            "widen_factor": widen_factor,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "dropout": dropout,
+            "stem_stride": stem_stride,
+        }
         blocks = (depth - 4) // 6
         width = 16 * widen_factor
         self.conv1 = nn.Conv2d(in_channels or 3, 16, 3, stem_stride, 1, bias=False)

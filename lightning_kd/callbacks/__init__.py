@@ -1,0 +1,17 @@
+"""Callbacks: schedules, report, export."""
+
+from lightning_kd.callbacks.export import ExportStudent
+from lightning_kd.callbacks.report import DistillationReport
+from lightning_kd.callbacks.schedulers import (
+    AttributeScheduler,
+    LossWeightScheduler,
+    TemperatureScheduler,
+)
+
+__all__ = [
+    "AttributeScheduler",
+    "DistillationReport",
+    "ExportStudent",
+    "LossWeightScheduler",
+    "TemperatureScheduler",
+]

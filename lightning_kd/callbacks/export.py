@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.modules import Distiller
+
+
+class ExportStudent(Callback):
+    """Write the best student at the end of ``fit``, to be used without Lightning.
+
+    ``student.safetensors`` holds the weights, ``student.json`` how the network is built;
+    ``lightning_kd.models.pretrained("student.safetensors")`` puts them together. The best student
+    is that of the first ``ModelCheckpoint`` that monitors something, else the last.
+
+    Args:
+        folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
+        formats: More files, for batches of any size: ``"torch"`` (``torch.export``, ``.pt2``) and
+            ``"onnx"`` (needs the extra ``onnx``).
+        overwrite: Replace the export of an earlier run.
+
+    Raises:
+        ValueError: If a format is unknown.
+        FileExistsError: At the start of training, if an earlier run's export is there.
+    """
+
+    def __init__(
+        self, folder: str | None = None, formats: list[str] | None = None, overwrite: bool = False
+    ) -> None:
+        unknown = set(formats or ()) - {"torch", "onnx"}
+        if unknown:
+            raise ValueError(
+                f'Expected formats among "torch" and "onnx", got {sorted(unknown)}.'
+            )
+        self.folder, self.formats, self.overwrite = folder, formats or [], overwrite
+        self.path: Path | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Distiller):
+            raise TypeError(
+                f"ExportStudent expected a module of lightning_kd, got {type(pl_module).__name__}."
+            )
+        if "onnx" in self.formats:
+            try:
+                import onnxscript  # noqa: F401
+            except ImportError as error:
+                raise ImportError("formats: [onnx] needs pip install 'lightning-kd[onnx]'") from error
+        target = run_folder(trainer, self.folder) / "student.safetensors"
+        refuse_to_overwrite(trainer, target, self.overwrite)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Distiller)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        path = run_folder(trainer, self.folder) / "student.safetensors"
+        state = {k: v.detach().cpu().contiguous() for k, v in best_student(trainer, pl_module).items()}
+        write_atomically(path, save(_unshared(state)))
+        spec = network_spec(pl_module) | {
+            "input_shape": list(pl_module.input_shape or ()),
+            "num_classes": pl_module.num_classes,
+        }
+        write_atomically(path.with_suffix(".json"), json.dumps(spec, indent=2).encode() + b"\n")
+        if self.formats:
+            self._export_graphs(path, pl_module, state)
+        self.path = path
+        rank_zero_info(f"student: {path}")
+
+    def _export_graphs(self, path: Path, module: Distiller, state: dict[str, Tensor]) -> None:
+        import copy
+
+        network = copy.deepcopy(module.student).cpu()
+        network.load_state_dict(state)
+        network.eval()
+        example = (torch.zeros(2, *(module.input_shape or ())),)
+        dynamic = ({0: torch.export.Dim("batch")},)
+        if "torch" in self.formats:
+            program = torch.export.export(network, example, dynamic_shapes=dynamic)
+            torch.export.save(program, path.with_suffix(".pt2"))
+        if "onnx" in self.formats:
+            torch.onnx.export(
+                network, example, path.with_suffix(".onnx"), dynamo=True, verbose=False,
+                dynamic_shapes=dynamic,
+            )
+
+
+def best_student(trainer: Trainer, module: Distiller) -> dict[str, Tensor]:
+    """Weights of the student from the best checkpoint of this run, else the present ones."""
+    for callback in trainer.checkpoint_callbacks:
+        if (
+            isinstance(callback, ModelCheckpoint)
+            and callback.monitor
+            and Path(callback.best_model_path).is_file()
+        ):
+            state = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            return {
+                k.removeprefix("student."): v
+                for k, v in state["state_dict"].items()
+                if k.startswith("student.")
+            }
+    return module.student.state_dict()
+
+
+def network_spec(module: Distiller) -> dict[str, Any]:
+    """How the student is built: ``class_path`` and ``init_args``, null where nobody knows."""
+    spec = dict(module.hparams).get("student")
+    if spec is not None:  # from the command line
+        return {"class_path": spec["class_path"], "init_args": _plain(spec.get("init_args") or {})}
+    return _spec_of(module.student)
+
+
+def _spec_of(network: nn.Module) -> dict[str, Any]:
+    """Description of a network that remembers how it was built, as those of this package do."""
+    spec = getattr(network, "init_args", None)
+    path = f"{type(network).__module__}.{type(network).__qualname__}"
+    if spec is None:
+        return {"class_path": None, "init_args": None}
+    nested = {k: _spec_of(v) if isinstance(v, nn.Module) else v for k, v in spec.items()}
+    return {"class_path": path, "init_args": nested}
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces and paths of a parsed configuration as JSON can write them."""
+    if hasattr(value, "items"):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory (tied weights), which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        pointer = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if pointer in seen else value
+        seen.add(pointer)
+    return result

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+
+def run_folder(trainer: Trainer, folder: str | None = None) -> Path:
+    """Where a run's results lie: the given folder, else the Trainer's ``default_root_dir``.
+
+    Where no ``default_root_dir`` was set (it is then the working directory), the logger's versioned
+    folder.
+    """
+    if folder is not None:
+        return Path(folder)
+    root = Path(trainer.default_root_dir)
+    if root.resolve() == Path.cwd() and trainer.log_dir:
+        return Path(trainer.log_dir)
+    return root
+
+
+def refuse_to_overwrite(trainer: Trainer, path: Path, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` before a second run replaces the results of a first.
+
+    A resumed run goes on in its folder, and a ``fast_dev_run`` writes nothing.
+    """
+    resumed = getattr(trainer, "ckpt_path", None) is not None
+    if path.exists() and not (overwrite or resumed or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        raise FileExistsError(
+            f"{path} holds the results of an earlier run: choose another folder "
+            f"(--trainer.default_root_dir), go on with that run (--ckpt_path), or replace it "
+            f"(--overwrite true; in Python, overwrite=True)."
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is never half there: write aside, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

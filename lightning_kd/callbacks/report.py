@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.modules import Distiller
+from lightning_kd.teachers import Teacher
+
+LATENCY_RUNS = 20
+
+
+class DistillationReport(Callback):
+    """End a run with ``report.json`` and ``report.png`` and print who knows how much.
+
+    Keys: ``student`` (``name``, ``accuracy``, ``ece``, ``parameters``, ``flops`` of one image,
+    ``latency_ms`` of one image on the device), ``teachers`` (a list of the same),
+    ``ensemble.accuracy``, ``agreement`` of student and ensemble, ``split`` (what the accuracies
+    are measured on: ``val`` after ``fit``, ``test`` after ``test``), ``epoch``, ``seconds``,
+    ``samples_per_second`` of training, ``seed``, ``versions``, ``config`` (path of the saved
+    configuration) and ``history`` (what was logged, epoch by epoch). What was not measured is null.
+    After ``fit`` the accuracies are those of the epoch that the first monitoring
+    ``ModelCheckpoint`` calls best (which ``ExportStudent`` exports), else of the last.
+
+    Args:
+        folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
+        plot: Draw ``report.png`` (needs the extra ``plot``).
+        overwrite: Replace the report of an earlier run.
+
+    Raises:
+        FileExistsError: At the start of training, if an earlier run's report is there.
+    """
+
+    def __init__(
+        self, folder: str | None = None, plot: bool = True, overwrite: bool = False
+    ) -> None:
+        self.folder, self.plot, self.overwrite = folder, plot, overwrite
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.samples = 0
+        self._training = 0.0
+        self._started = self._batch_started = 0.0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "seconds": self._elapsed(), "samples": self.samples,
+                "training": self._training}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+        self.seconds, self.samples = state_dict["seconds"], state_dict["samples"]
+        self._training = state_dict["training"]
+
+    # ------------------------------------------------------------------ measuring
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, Distiller):
+            raise TypeError(
+                f"DistillationReport expected a module of lightning_kd, got "
+                f"{type(pl_module).__name__}."
+            )
+        if stage == "fit":
+            path = run_folder(trainer, self.folder) / "report.json"
+            refuse_to_overwrite(trainer, path, self.overwrite)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch_started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Distiller knows the layout of its batch; slicing here would not
+        assert isinstance(pl_module, Distiller)
+        self.samples += len(pl_module.unpack(batch)[0]) * trainer.world_size
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch_started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.history.append({"epoch": float(trainer.current_epoch), **row})
+
+    def _pause(self) -> None:
+        if self._batch_started:
+            self._training += time.perf_counter() - self._batch_started
+            self._batch_started = 0.0
+
+    def _elapsed(self) -> float:
+        running = time.perf_counter() - self._started if self._started else 0.0
+        return self.seconds + running
+
+    # ------------------------------------------------------------------ writing
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Distiller)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        self.seconds, self._started = self._elapsed(), 0.0
+        row = self._best_row(trainer)
+        report = self._measured(row, "val", pl_module) | {
+            "epoch": None if row.get("epoch") is None else int(row["epoch"]),
+            "seconds": round(self.seconds, 3),
+            "samples_per_second": round(self.samples / self._training, 1) if self._training else None,
+            "seed": _seed(),
+            "versions": _versions(),
+            "config": self._config(trainer),
+            "history": self.history,
+        }
+        self._write(trainer, report)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Distiller)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        path = run_folder(trainer, self.folder) / "report.json"
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        for key, value in (
+            ("epoch", None), ("seconds", None), ("samples_per_second", None), ("seed", _seed()),
+            ("config", self._config(trainer)), ("history", []), ("versions", _versions()),
+        ):
+            report.setdefault(key, value)
+        self._write(trainer, report | self._measured(row, "test", pl_module))
+
+    def _best_row(self, trainer: Trainer) -> dict[str, Any]:
+        """Row of the history that the exported student belongs to."""
+        rows: list[dict[str, Any]] = self.history or [{}]
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor:
+                best = callback.best_model_score
+                for row in rows:
+                    if best is not None and row.get(callback.monitor) == float(best):
+                        return row
+        return rows[-1]
+
+    def _measured(self, row: dict[str, Any], split: str, module: Distiller) -> dict[str, Any]:
+        def about(network: nn.Module, prefix: str) -> dict[str, Any]:
+            return {
+                "name": _name(network),
+                "accuracy": row.get(f"{split}/{prefix}accuracy"),
+                **_cost(network, module),
+            }
+
+        return {
+            "split": split,
+            "student": about(module.student, "") | {"ece": row.get(f"{split}/ece")},
+            "teachers": [
+                about(teacher.network, f"teacher_{index}/")
+                for index, teacher in enumerate(module.teachers)
+                if isinstance(teacher, Teacher)
+            ],
+            "ensemble": {"accuracy": row.get(f"{split}/ensemble/accuracy")},
+            "agreement": row.get(f"{split}/agreement"),
+        }
+
+    def _config(self, trainer: Trainer) -> str | None:
+        path = run_folder(trainer, self.folder) / "config.yaml"
+        return str(path) if path.is_file() else None
+
+    def _write(self, trainer: Trainer, report: dict[str, Any]) -> None:
+        path = run_folder(trainer, self.folder) / "report.json"
+        write_atomically(path, json.dumps(report, indent=2).encode() + b"\n")
+        rank_zero_info(summary(report))
+        rank_zero_info(f"report:  {path}")
+        if self.plot and report["history"] and _plot(report, path.with_suffix(".png")):
+            rank_zero_info(f"plot:    {path.with_suffix('.png')}")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A small table of accuracy and cost, one line a network."""
+    def percent(value: float | None) -> str:
+        return "     -" if value is None else f"{100 * value:5.1f} %"
+
+    def line(label: str, entry: dict[str, Any]) -> str:
+        cost = ""
+        if "parameters" in entry:
+            flops = f"{entry['flops'] / 1e6:9.1f} MFLOP" if entry["flops"] else f"{'-':>15}"
+            cost = f"{entry['parameters']:>12,} parameters {flops} {entry['latency_ms']:8.2f} ms"
+        return f"{label:<28} {percent(entry.get('accuracy')):>8} {cost}"
+
+    student, teachers = report["student"], report["teachers"]
+    lines = ["", f"{'accuracy on ' + report['split']:<28}", line(f"student  {student['name']}", student)]
+    lines += [line(f"teacher {i} {t['name']}", t) for i, t in enumerate(teachers)]
+    if teachers:
+        lines.append(line("ensemble of the teachers", report["ensemble"]))
+        lines.append(f"{'student agrees with ensemble':<28} {percent(report['agreement']):>8}")
+    return "\n".join(lines)
+
+
+def _name(network: nn.Module) -> str:
+    inner = getattr(network, "network", network)
+    args = getattr(inner, "init_args", {})
+    suffix = "".join(f"-{args[k]}" for k in ("depth", "widen_factor") if k in args)
+    return type(inner).__name__ + suffix
+
+
+@torch.no_grad()
+def _cost(network: nn.Module, module: Distiller) -> dict[str, Any]:
+    """Parameters, floating point operations and milliseconds of one image."""
+    x = torch.zeros(1, *(module.input_shape or ()), device=module.device)
+    modes = [(m, m.training) for m in network.modules()]
+    network.eval()
+    try:
+        flops: int | None = None
+        # compiled or scripted networks cannot be counted
+        with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+            network(x)
+            flops = counter.get_total_flops()
+        times = []
+        for _ in range(LATENCY_RUNS):
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            start = time.perf_counter()
+            network(x)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            times.append(1e3 * (time.perf_counter() - start))
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "flops": flops,
+        "latency_ms": round(statistics.median(times), 3),
+    }
+
+
+def _seed() -> int | None:
+    import os
+
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed else None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("lightning-kd", "torch", "torchvision", "lightning", "torchmetrics", "jsonargparse")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _plot(report: dict[str, Any], path: Path) -> bool:
+    """Draw loss terms and accuracies by epoch; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        rank_zero_warn("report.png needs matplotlib: pip install 'lightning-kd[plot]'.")
+        return False
+    history = report["history"]
+    epochs = [row["epoch"] + 1 for row in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        points = [(e, row[key]) for e, row in zip(epochs, history, strict=True) if key in row]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    for key in sorted({k for row in history for k in row if k.startswith("train/")}):
+        losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
+    if any(key == "val/loss" for row in history for key in row):
+        losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from")
+    losses.legend()
+    drawn = False
+    for key, label in (("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")):
+        x, y = series(key)
+        if x:
+            accuracies.plot(x, [100 * v for v in y], marker=".", label=label)
+            drawn = True
+    for index, teacher in enumerate(report["teachers"]):
+        _, y = series(f"val/teacher_{index}/accuracy")
+        if y:
+            accuracies.axhline(
+                100 * y[-1], linestyle=":", color=f"C{index + 2}",
+                label=f"teacher {index}: {teacher['name']}",
+            )
+    _, y = series("val/ensemble/accuracy")
+    if y:
+        accuracies.axhline(100 * y[-1], color="black", linestyle="--", label="ensemble")
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy in %", title="What is known")
+    if drawn:
+        accuracies.legend(loc="lower right")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(path)
+    return True
