@@ -6,7 +6,12 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_kd.callbacks
@@ -114,8 +119,9 @@ def fill_in(model: Namespace, data: Namespace) -> None:
     if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
         return
     # folders are only listed where the classes are not known beforehand
-    source = kind if hasattr(kind, "num_classes") else kind(**vars(data.get("init_args") or Namespace()))
-    known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}  # type: ignore[attr-defined]
+    options = vars(data["init_args"]) if data.get("init_args") else {}
+    source = kind if hasattr(kind, "num_classes") else kind(**options)
+    known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}
 
     def walk(node: Any) -> None:
         if isinstance(node, list):

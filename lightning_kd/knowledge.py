@@ -31,7 +31,9 @@ class Knowledge:
         """
         if not isinstance(output, Tensor):
             for key in ("logits", "out"):
-                named = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+                named = (
+                    output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+                )
                 if isinstance(named, Tensor):
                     output = named
                     break

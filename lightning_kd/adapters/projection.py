@@ -25,7 +25,7 @@ class Projection(nn.Module):
 
     def __init__(self, student: Size, teacher: Size) -> None:
         super().__init__()
-        self.size: tuple[int, ...] | None = None
+        self.size: tuple[int, int] | None = None
         self.map: nn.Module
         if len(student) != len(teacher) or len(student) not in (2, 3, 4):
             raise ValueError(
@@ -33,7 +33,7 @@ class Projection(nn.Module):
                 f"(B, C, H, W), got {tuple(student)} and {tuple(teacher)}: choose other layers."
             )
         if len(student) == 4:
-            self.size = tuple(teacher[2:])
+            self.size = (teacher[2], teacher[3])
             self.map = nn.Sequential(
                 nn.Conv2d(student[1], teacher[1], 1, bias=False), nn.BatchNorm2d(teacher[1])
             )

@@ -15,7 +15,7 @@ def find_layer(network: nn.Module, layer: str) -> nn.Module:
     Raises:
         ValueError: If there is no such layer; the message lists near names.
     """
-    named = dict(network.named_modules())
+    named: dict[str, nn.Module] = dict(network.named_modules())
     for name in (layer, f"network.{layer}"):
         if layer and name in named:
             return named[name]

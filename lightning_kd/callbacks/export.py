@@ -39,9 +39,7 @@ class ExportStudent(Callback):
     ) -> None:
         unknown = set(formats or ()) - {"torch", "onnx"}
         if unknown:
-            raise ValueError(
-                f'Expected formats among "torch" and "onnx", got {sorted(unknown)}.'
-            )
+            raise ValueError(f'Expected formats among "torch" and "onnx", got {sorted(unknown)}.')
         self.folder, self.formats, self.overwrite = folder, formats or [], overwrite
         self.path: Path | None = None
 
@@ -57,7 +55,9 @@ class ExportStudent(Callback):
             try:
                 import onnxscript  # noqa: F401
             except ImportError as error:
-                raise ImportError("formats: [onnx] needs pip install 'lightning-kd[onnx]'") from error
+                raise ImportError(
+                    "formats: [onnx] needs pip install 'lightning-kd[onnx]'"
+                ) from error
         target = run_folder(trainer, self.folder) / "student.safetensors"
         refuse_to_overwrite(trainer, target, self.overwrite)
 
@@ -67,7 +67,9 @@ class ExportStudent(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         path = run_folder(trainer, self.folder) / "student.safetensors"
-        state = {k: v.detach().cpu().contiguous() for k, v in best_student(trainer, pl_module).items()}
+        state = {
+            k: v.detach().cpu().contiguous() for k, v in best_student(trainer, pl_module).items()
+        }
         write_atomically(path, save(_unshared(state)))
         spec = network_spec(pl_module) | {
             "input_shape": list(pl_module.input_shape or ()),
@@ -92,7 +94,11 @@ class ExportStudent(Callback):
             torch.export.save(program, path.with_suffix(".pt2"))
         if "onnx" in self.formats:
             torch.onnx.export(
-                network, example, path.with_suffix(".onnx"), dynamo=True, verbose=False,
+                network,
+                example,
+                path.with_suffix(".onnx"),
+                dynamo=True,
+                verbose=False,
                 dynamic_shapes=dynamic,
             )
 

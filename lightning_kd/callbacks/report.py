@@ -56,8 +56,12 @@ class DistillationReport(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self._elapsed(), "samples": self.samples,
-                "training": self._training}
+        return {
+            "history": self.history,
+            "seconds": self._elapsed(),
+            "samples": self.samples,
+            "training": self._training,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,7 +133,9 @@ class DistillationReport(Callback):
         report = self._measured(row, "val", pl_module) | {
             "epoch": None if row.get("epoch") is None else int(row["epoch"]),
             "seconds": round(self.seconds, 3),
-            "samples_per_second": round(self.samples / self._training, 1) if self._training else None,
+            "samples_per_second": round(self.samples / self._training, 1)
+            if self._training
+            else None,
             "seed": _seed(),
             "versions": _versions(),
             "config": self._config(trainer),
@@ -146,15 +152,20 @@ class DistillationReport(Callback):
         report = json.loads(path.read_text()) if path.is_file() else {}
         row = {k: float(v) for k, v in trainer.callback_metrics.items()}
         for key, value in (
-            ("epoch", None), ("seconds", None), ("samples_per_second", None), ("seed", _seed()),
-            ("config", self._config(trainer)), ("history", []), ("versions", _versions()),
+            ("epoch", None),
+            ("seconds", None),
+            ("samples_per_second", None),
+            ("seed", _seed()),
+            ("config", self._config(trainer)),
+            ("history", []),
+            ("versions", _versions()),
         ):
             report.setdefault(key, value)
         self._write(trainer, report | self._measured(row, "test", pl_module))
 
     def _best_row(self, trainer: Trainer) -> dict[str, Any]:
         """Row of the history that the exported student belongs to."""
-        rows: list[dict[str, Any]] = self.history or [{}]
+        rows: list[dict[str, Any]] = [*self.history] or [{}]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor:
                 best = callback.best_model_score
@@ -198,6 +209,7 @@ class DistillationReport(Callback):
 
 def summary(report: dict[str, Any]) -> str:
     """A small table of accuracy and cost, one line a network."""
+
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:5.1f} %"
 
@@ -209,7 +221,11 @@ def summary(report: dict[str, Any]) -> str:
         return f"{label:<28} {percent(entry.get('accuracy')):>8} {cost}"
 
     student, teachers = report["student"], report["teachers"]
-    lines = ["", f"{'accuracy on ' + report['split']:<28}", line(f"student  {student['name']}", student)]
+    lines = [
+        "",
+        f"{'accuracy on ' + report['split']:<28}",
+        line(f"student  {student['name']}", student),
+    ]
     lines += [line(f"teacher {i} {t['name']}", t) for i, t in enumerate(teachers)]
     if teachers:
         lines.append(line("ensemble of the teachers", report["ensemble"]))
@@ -302,7 +318,9 @@ def _plot(report: dict[str, Any], path: Path) -> bool:
         _, y = series(f"val/teacher_{index}/accuracy")
         if y:
             accuracies.axhline(
-                100 * y[-1], linestyle=":", color=f"C{index + 2}",
+                100 * y[-1],
+                linestyle=":",
+                color=f"C{index + 2}",
                 label=f"teacher {index}: {teacher['name']}",
             )
     _, y = series("val/ensemble/accuracy")

@@ -87,7 +87,7 @@ class AttributeScheduler(Callback):
     def _set(self, pl_module: LightningModule) -> None:
         owner, name = self._resolve(pl_module)
         value = self.schedule(self.count)
-        if name.endswith("temperature") and not value > 0 or not math.isfinite(value):
+        if (name.endswith("temperature") and not value > 0) or not math.isfinite(value):
             raise ValueError(
                 f"Expected a schedule of {self.target} that stays "
                 f"{'> 0' if name.endswith('temperature') else 'finite'}, got {value} at "
@@ -117,9 +117,7 @@ class AttributeScheduler(Callback):
             )
         value = getattr(owner, name, None)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(
-                f"Expected a number at {self.target!r}, got {type(value).__name__}."
-            )
+            raise ValueError(f"Expected a number at {self.target!r}, got {type(value).__name__}.")
         return owner, name
 
 

@@ -114,7 +114,10 @@ class ImageData(LightningDataModule):
         images, labels, *draws = batch
         if draws and (self.crop_padding or self.flip):
             images = crop_and_flip(images, draws[0], self.crop_padding, self.flip)
-        return images.float().div_(255), labels
+        images = images.float().div_(255)
+        if self.trainer is not None:  # Lightning converted the batch while it still was integers
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, labels
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the shuffle, so that a resumed run keeps the order."""
@@ -207,7 +210,9 @@ class ImageData(LightningDataModule):
 
     @staticmethod
     def _count(amount: float, total: int, name: str) -> int:
-        count = round(amount * total) if amount <= 1 and not isinstance(amount, int) else int(amount)
+        count = (
+            round(amount * total) if amount <= 1 and not isinstance(amount, int) else int(amount)
+        )
         if count > total:
             raise ValueError(f"Expected {name} of at most {total} images, got {count}.")
         return count

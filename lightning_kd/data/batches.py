@@ -111,9 +111,7 @@ class Batches:
             self.position = self._resume[1]
         self._resume = None
         plan = list(self.sampler.batches(self.position))
-        for (_, draws), batch in zip(
-            plan, self.fetch(indices for indices, _ in plan), strict=True
-        ):
+        for (_, draws), batch in zip(plan, self.fetch(indices for indices, _ in plan), strict=True):
             self.position += 1
             yield (*batch, draws) if self.train else batch
 

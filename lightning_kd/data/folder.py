@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as image_ops
 
@@ -15,7 +15,7 @@ from lightning_kd.data.base import ImageData, Labelled
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 
-class _Files(Dataset[Labelled]):
+class _Files:
     """Reads image files, scaled and cropped to one square size."""
 
     def __init__(self, paths: list[Path], labels: Tensor, shape: tuple[int, int, int]) -> None:
@@ -137,8 +137,10 @@ class ImageFolder(ImageData):
 
     def fetch(self, source: Any, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels), read by worker processes."""
+        paths, labels = source
+        files: Any = _Files(paths, labels, self.image_shape)  # as much of a Dataset as is asked for
         loader = DataLoader(
-            _Files(*source, self.image_shape),
+            files,
             batch_sampler=[indices.tolist() for indices in plan],
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # else it draws from the global one

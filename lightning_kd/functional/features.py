@@ -77,7 +77,8 @@ def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
         paper: mean of squares as in the authors' code instead of half the norm.
     """
     if student.shape[2:] != teacher.shape[2:]:
-        size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+        (h, w), (u, v) = student.shape[2:], teacher.shape[2:]
+        size = (min(h, u), min(w, v))
         student = F.adaptive_avg_pool2d(student, size)
         teacher = F.adaptive_avg_pool2d(teacher, size)
     return (attention_map(student) - attention_map(teacher)).square().mean(1)

@@ -33,8 +33,8 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         device = next((v.device.type for v in values if isinstance(v, Tensor)), "cpu")
         with torch.autocast(device_type=device, enabled=False):
             return function(
-                *(widen(v) for v in args),  # type: ignore[arg-type]
-                **{k: widen(v) for k, v in kwargs.items()},  # type: ignore[arg-type]
+                *(widen(v) for v in args),
+                **{k: widen(v) for k, v in kwargs.items()},
             )
 
     return wrapped

@@ -25,7 +25,9 @@ class DistillationLoss(nn.Module, ABC):
     @property
     def name(self) -> str:
         """Key of this term in the log: the class name in snake case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+        return re.sub(
+            r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__
+        ).lower()
 
     def student_layers(self) -> Sequence[str]:
         """Layers of the student whose outputs this loss reads."""

@@ -52,9 +52,11 @@ def pretrained(
         )
     if sha256 is not None:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-                hashlib, "file_digest"
-            ) else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+            found = (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(file.read()).hexdigest()
+            )  # Python 3.10
         if found != sha256.lower():
             raise ValueError(
                 f"Expected sha256 {sha256} of {path}, got {found}: it is another file, or damaged."

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_kd.adapters import Tap
 from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
+from lightning_kd.modules.dry_run import ask, check_classes, example_input
+from lightning_kd.modules.finite import FiniteWatch
+from lightning_kd.modules.measure import make_metrics, update_metrics
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.teachers import Teacher
 from lightning_kd.weighting import Uniform, Weighting
@@ -27,9 +28,17 @@ LIVE = ("student", "teachers", "losses", "weighting", "optimizer", "scheduler")
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
 
 
-def describe(error: Exception) -> str:
-    """First line of an exception's message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def is_plain(value: Any) -> bool:
+    """Whether a value loads with ``weights_only``: numbers, strings, None and lists of them."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 class Distiller(LightningModule):
@@ -80,7 +89,7 @@ class Distiller(LightningModule):
             ("losses", losses, DistillationLoss),
             ("weighting", [weighting or Uniform()], Weighting),
         ):
-            for item in value:  # type: ignore[attr-defined]
+            for item in value:
                 if not isinstance(item, kind):
                     raise TypeError(
                         f"Expected {name} of type {kind.__name__}, got {type(item).__name__}."
@@ -90,12 +99,9 @@ class Distiller(LightningModule):
                 f'Expected scheduler_interval "epoch" or "step", got {scheduler_interval!r}.'
             )
         self.student = student
-        self.teachers = nn.ModuleList(
-            t if isinstance(t, Teacher) else Teacher(t) for t in teachers
-        )
+        self.teachers = nn.ModuleList(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
         mine = {p.data_ptr() for p in student.parameters()}
-        for index, teacher in enumerate(self.teachers):
-            assert isinstance(teacher, Teacher)
+        for index, teacher in enumerate(self._teachers()):
             if any(p.data_ptr() in mine for p in teacher.network.parameters()):
                 raise ValueError(
                     f"Expected student and teacher {index} to be separate networks, got shared "
@@ -110,7 +116,7 @@ class Distiller(LightningModule):
         self.input_shape: tuple[int, ...] | None = None
         self._student_tap: Tap | None = None
         self._rng: dict[str, Any] | None = None
-        self._finite: dict[str, Tensor] = {}
+        self._watch = FiniteWatch()
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -121,9 +127,7 @@ class Distiller(LightningModule):
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
-        raise TypeError(
-            f"Expected batches of (images, labels), got {got}: override unpack(batch)."
-        )
+        raise TypeError(f"Expected batches of (images, labels), got {got}: override unpack(batch).")
 
     def teach(self, x: Tensor, target: Tensor | None = None) -> Ensemble:
         """Ask the teachers that the weighting wants; nothing is differentiated."""
@@ -156,14 +160,14 @@ class Distiller(LightningModule):
     # ------------------------------------------------------------------ parts
 
     def task_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy averaged over the labelled samples of the batch (of all ranks)."""
+        """Cross-entropy averaged over the labelled samples of the batch (in training: all ranks')."""
         values = task_cross_entropy(logits, target, self.label_smoothing)
         labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
         count = labelled.sum().to(values.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.is_grad_enabled() and world_size() > 1:
             # DDP averages gradients over ranks; ranks with few labels must not count for more
             torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
+            count = count / world_size()
         return values.sum() / count.clamp(min=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,82 +185,22 @@ class Distiller(LightningModule):
             return
         layers = [layer for loss in self._losses() for layer in loss.student_layers()]
         tap = Tap(self.student, layers)
-        for index, teacher in enumerate(self.teachers):
-            assert isinstance(teacher, Teacher)
+        student = ask("the student", self.student, tap, x)
+        teachers = []
+        for index, teacher in enumerate(self._teachers()):
             teacher.listen([n for loss in self._losses() for n in loss.teacher_layers(index)])
-        modes = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()
-        with torch.no_grad():
-            student = self._answer("the student", self.student, tap, x)
-            teachers = [
-                self._answer(f"teacher {index}", teacher.network, teacher, x)  # type: ignore[union-attr, arg-type]
-                for index, teacher in enumerate(self.teachers)
-            ]
-        for module, mode in modes:
-            module.training = mode
-        self._check_classes(student, teachers)
+            teachers.append(ask(f"teacher {index}", teacher.network, teacher, x))
+        check_classes(student, teachers, self.num_classes)
         self.weighting.active(len(self.teachers))  # a wrong number of weights is told now
         for loss in self._losses():
             loss.build(student, teachers)
             loss.to(x.device)
         self.input_shape = tuple(x.shape[1:])
-        self._make_metrics(student.logits.shape[1])
+        classes = student.logits.shape[1]
+        self.metrics = nn.ModuleDict(
+            {stage: make_metrics(classes, len(teachers), stage) for stage in ("val", "test")}
+        )
         self._student_tap = tap
-
-    def _answer(self, who: str, network: nn.Module, ask: Any, x: Tensor) -> Knowledge:
-        try:
-            answer: Knowledge = ask(x)
-        except RuntimeError as error:
-            convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-            hint = ""
-            if convolution is not None and convolution.in_channels != x.shape[1]:
-                hint = (
-                    f" Its first convolution expects {convolution.in_channels} channels, got "
-                    f"{x.shape[1]}: build it with in_channels={x.shape[1]}, or change the data."
-                )
-            raise ValueError(
-                f"Expected {who} ({type(network).__name__}) to take images of shape "
-                f"{tuple(x.shape[1:])}, got: {describe(error)}.{hint}"
-            ) from error
-        return answer
-
-    def _check_classes(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
-        mine = student.logits.shape[1]
-        if self.num_classes is not None and mine != self.num_classes:
-            raise ValueError(
-                f"Expected a student with {self.num_classes} classes, as the data has, got {mine}: "
-                f"set the student's num_classes to {self.num_classes}."
-            )
-        for index, teacher in enumerate(teachers):
-            if teacher.logits.shape[1] != mine:
-                raise ValueError(
-                    f"Expected teacher {index} and the student to have the same classes, got "
-                    f"{teacher.logits.shape[1]} and {mine}: set num_classes, or leave this teacher "
-                    f"out."
-                )
-
-    def _make_metrics(self, num_classes: int) -> None:
-        def accuracy() -> MulticlassAccuracy:
-            return MulticlassAccuracy(
-                num_classes, average="micro", ignore_index=-1, validate_args=False
-            )
-
-        def collection(stage: str) -> MetricCollection:
-            metrics: dict[str, Any] = {
-                "accuracy": accuracy(),
-                "ece": MulticlassCalibrationError(
-                    num_classes, n_bins=15, ignore_index=-1, validate_args=False
-                ),
-            }
-            if self.teachers:
-                metrics["agreement"] = accuracy()
-                metrics["ensemble/accuracy"] = accuracy()
-                for index in range(len(self.teachers)):
-                    metrics[f"teacher_{index}/accuracy"] = accuracy()
-            # each metric reads other tensors, so no two may share a state
-            return MetricCollection(metrics, prefix=f"{stage}/", compute_groups=False)
-
-        self.metrics = nn.ModuleDict({stage: collection(stage) for stage in ("val", "test")})
 
     @staticmethod
     def _named(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
@@ -266,6 +210,11 @@ class Distiller(LightningModule):
             same = sum(key == loss.name or key.startswith(f"{loss.name}_") for key in named)
             named[f"{loss.name}_{same + 1}" if same else loss.name] = loss
         return named
+
+    def _teachers(self) -> Iterator[Teacher]:
+        for teacher in self.teachers:
+            assert isinstance(teacher, Teacher)
+            yield teacher
 
     def _losses(self) -> Iterator[DistillationLoss]:
         for loss in self.losses.values():
@@ -277,7 +226,7 @@ class Distiller(LightningModule):
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
         if self._student_tap is None:
-            self.prepare(self._example())
+            self.prepare(example_input(self, self.unpack))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the student, adapters and gates; never a teacher."""
@@ -296,7 +245,7 @@ class Distiller(LightningModule):
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self._scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value, typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One step; returns the loss and its named terms, detached for callbacks."""
@@ -309,7 +258,11 @@ class Distiller(LightningModule):
             )
         loss = torch.stack(list(terms.values())).sum()
         parts = {name: value.detach() for name, value in terms.items()}
-        self._check_finite(parts)
+        self._watch.note(parts)
+        every = getattr(self.trainer, "log_every_n_steps", 0) or 1
+        # on a CPU looking costs nothing, on a GPU it waits for the device
+        if self.device.type == "cpu" or self.trainer.global_step % every == 0:
+            self._raise_if_not_finite()
         logged = {"train/loss": loss.detach(), **{f"train/{k}": v for k, v in parts.items()}}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x))
         return {"loss": loss, **parts}
@@ -324,13 +277,16 @@ class Distiller(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Student's probabilities, shape (B, K)."""
-        return self(self.unpack(batch)[0]).float().softmax(1)
+        probabilities: Tensor = self(self.unpack(batch)[0]).float().softmax(1)
+        return probabilities
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         x, target = self.unpack(batch)
         metrics = self.metrics[stage]
         assert isinstance(metrics, MetricCollection)
         logits = self(x)
+        members: list[Knowledge] = []
+        answer = None
         if self.teachers:
             with torch.no_grad():
                 members = [teacher(x) for teacher in self.teachers]
@@ -338,14 +294,8 @@ class Distiller(LightningModule):
                 asked = [members[m] for m in active]
                 weights = self.weighting(asked, None, target)
             answer = Ensemble(asked, weights, self.weighting.space, active).log_probabilities()
-            metrics["agreement"].update(logits, answer.argmax(1))
-            if target is not None:
-                metrics["ensemble/accuracy"].update(answer, target)
-                for index, member in enumerate(members):
-                    metrics[f"teacher_{index}/accuracy"].update(member.logits, target)
+        update_metrics(metrics, logits, target, members, answer)
         if target is not None:
-            metrics["accuracy"].update(logits, target)
-            metrics["ece"].update(logits, target)
             loss = self.task_loss(logits, target)
             self.log(f"{stage}/loss", loss, batch_size=len(x), sync_dist=True)
         if not self.trainer.sanity_checking:
@@ -373,63 +323,19 @@ class Distiller(LightningModule):
             self.prepare(torch.zeros(1, *checkpoint["input_shape"], device=self.device))
         self._rng = checkpoint.get("rng")
 
-    # ------------------------------------------------------------------ NaN and Inf
-
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        """Note terms that are not finite, on the device; look every ``log_every_n_steps``."""
-        for name, value in terms.items():
-            bad = ~torch.isfinite(value)
-            self._finite[name] = self._finite[name] | bad if name in self._finite else bad
-        on_cpu = self.device.type == "cpu"  # where looking costs nothing
-        if on_cpu or self.trainer.global_step % max(self.trainer.log_every_n_steps, 1) == 0:
-            self._raise_if_not_finite()
+    # ------------------------------------------------------------------ helpers
 
     def _raise_if_not_finite(self) -> None:
-        bad = [name for name, flag in self._finite.items() if bool(flag)]
-        self._finite = {}
-        if bad:
-            last = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        broken = self._watch.broken()
+        if broken:
+            saver = self.trainer.checkpoint_callback
+            last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
             kept = f" The last good checkpoint is {last}." if last else ""
             raise FloatingPointError(
-                f"Loss term {', '.join(bad)} became NaN or infinite in epoch "
+                f"Loss term {', '.join(broken)} became NaN or infinite in epoch "
                 f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
                 f"learning rate, or clip gradients (--trainer.gradient_clip_val 1).{kept}"
             )
-
-    # ------------------------------------------------------------------ helpers
-
-    def _example(self) -> Tensor:
-        """One image batch of the shape that the data has, without disturbing any generator."""
-        shape = getattr(self.trainer.datamodule, "image_shape", None)  # type: ignore[attr-defined]
-        if shape is not None:
-            return torch.zeros(1, *shape)
-        if isinstance(self.example_input_array, Tensor):
-            return self.example_input_array
-        trainer = self.trainer
-        loops = {
-            "fit": trainer.fit_loop,
-            "validate": trainer.validate_loop,
-            "test": trainer.test_loop,
-            "predict": trainer.predict_loop,
-        }
-        loop = loops["fit" if trainer.training or trainer.sanity_checking else str(trainer.state.fn.value)]  # type: ignore[union-attr]
-        source = trainer.fit_loop._data_source if trainer.state.fn == "fit" else loop._data_source  # type: ignore[union-attr]
-        with isolate_rng():
-            loader = source.dataloader()
-            while isinstance(loader, (list, tuple)):
-                loader = loader[0]
-            dataset = getattr(loader, "dataset", None)
-            if hasattr(dataset, "__getitem__") and getattr(loader, "collate_fn", None):
-                if not len(dataset):
-                    raise ValueError("Expected data to train on, got an empty dataset.")
-                batch = loader.collate_fn([dataset[0]])  # starts no worker processes
-            else:
-                batch = next(iter(loader), None)
-                if batch is None:
-                    raise ValueError("Expected data to train on, got a loader without a batch.")
-            holder = trainer.datamodule or self  # type: ignore[attr-defined]
-            batch = holder.on_after_batch_transfer(batch, 0)
-            return self.unpack(batch)[0][:1]
 
     def _remember(self, frame: Any) -> None:
         """Save options: the plain configuration under the command line, plain values in Python.
@@ -438,18 +344,10 @@ class Distiller(LightningModule):
         ``weights_only``; and without their configuration a checkpoint of the command line could not
         rebuild them.
         """
-
-        def plain(value: Any) -> bool:
-            if isinstance(value, (list, tuple)):
-                return all(plain(v) for v in value)
-            if isinstance(value, dict):
-                return all(isinstance(k, str) and plain(v) for k, v in value.items())
-            return value is None or type(value) in (bool, int, float, str)
-
         self.save_hyperparameters(ignore=LIVE, frame=frame)
         if "_instantiator" in self.hparams:
             self.save_hyperparameters(frame=frame)
         else:
-            options = {k: v for k, v in self.hparams.items() if plain(v)}
-            self._hparams = type(self.hparams)(options)
-            self._hparams_initial = type(self.hparams)(options)
+            options = {k: v for k, v in dict(self.hparams).items() if is_plain(v)}
+            self._hparams = type(self.hparams)(options)  # type: ignore[call-arg]
+            self._hparams_initial = type(self.hparams)(options)  # type: ignore[call-arg]

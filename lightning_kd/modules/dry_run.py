@@ -1,0 +1,98 @@
+"""One forward pass before training: it sizes what must be sized and finds what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Knowledge
+
+
+def ask(
+    who: str, network: nn.Module, answer: Callable[[Tensor], Knowledge], x: Tensor
+) -> Knowledge:
+    """Run ``answer(x)`` with every part of ``network`` in eval mode for the moment.
+
+    Raises:
+        ValueError: If the network cannot take these images, with the likely reason.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            return answer(x)
+    except (RuntimeError, ValueError) as error:
+        convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+        hint = ""
+        if convolution is not None and convolution.in_channels != x.shape[1]:
+            hint = (
+                f" Its first convolution expects {convolution.in_channels} channels, got "
+                f"{x.shape[1]}: build it with in_channels={x.shape[1]}, or change the data."
+            )
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"Expected {who} ({type(network).__name__}) to take images of shape "
+            f"{tuple(x.shape[1:])}, got: {first_line}.{hint}"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_classes(
+    student: Knowledge, teachers: Sequence[Knowledge], num_classes: int | None
+) -> None:
+    """Raise ``ValueError`` unless data, student and teachers have the same number of classes."""
+    mine = student.logits.shape[1]
+    if num_classes is not None and mine != num_classes:
+        raise ValueError(
+            f"Expected a student with {num_classes} classes, as the data has, got {mine}: set the "
+            f"student's num_classes to {num_classes}."
+        )
+    for index, teacher in enumerate(teachers):
+        if teacher.logits.shape[1] != mine:
+            raise ValueError(
+                f"Expected teacher {index} and the student to have the same classes, got "
+                f"{teacher.logits.shape[1]} and {mine}: set num_classes, or leave this teacher out."
+            )
+
+
+def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor, Any]]) -> Tensor:
+    """One image of the shape that the data has, (1, C, H, W), without disturbing any generator.
+
+    Raises:
+        ValueError: If the data is empty.
+    """
+    trainer = module.trainer
+    datamodule = getattr(trainer, "datamodule", None)
+    shape = getattr(datamodule, "image_shape", None)
+    if shape is not None:
+        return torch.zeros(1, *shape)
+    if isinstance(module.example_input_array, Tensor):
+        return module.example_input_array
+    loop: Any = {
+        "fit": trainer.fit_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }[str(trainer.state.fn and trainer.state.fn.value)]
+    with isolate_rng():
+        loader: Any = loop._data_source.dataloader()
+        while isinstance(loader, (list, tuple)):
+            loader = loader[0]
+        dataset = getattr(loader, "dataset", None)
+        if hasattr(dataset, "__getitem__") and hasattr(loader, "collate_fn"):
+            if not len(dataset):  # type: ignore[arg-type]
+                raise ValueError("Expected data, got an empty dataset: check its path and filters.")
+            batch = loader.collate_fn([dataset[0]])  # type: ignore[index]  # no worker starts
+        else:
+            batch = next(iter(loader), None)
+            if batch is None:
+                raise ValueError("Expected data, got a loader without a batch.")
+        batch = (datamodule or module).on_after_batch_transfer(batch, 0)
+    return unpack(batch)[0][:1]
