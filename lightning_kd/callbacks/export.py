@@ -58,6 +58,9 @@ class ExportStudent(Callback):
                 raise ImportError(
                     "formats: [onnx] needs pip install 'lightning-kd[onnx]'"
                 ) from error
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = run_folder(trainer, self.folder) / "student.safetensors"
         refuse_to_overwrite(trainer, target, self.overwrite)
 

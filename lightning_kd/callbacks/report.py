@@ -78,9 +78,11 @@ class DistillationReport(Callback):
                 f"DistillationReport expected a module of lightning_kd, got "
                 f"{type(pl_module).__name__}."
             )
-        if stage == "fit":
-            path = run_folder(trainer, self.folder) / "report.json"
-            refuse_to_overwrite(trainer, path, self.overwrite)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = run_folder(trainer, self.folder) / "report.json"
+        refuse_to_overwrite(trainer, path, self.overwrite)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -36,7 +36,7 @@ class AttributeScheduler(Callback):
     @override
     def state_key(self) -> str:
         """One key a target, so that two schedulers never share a state."""
-        return f"AttributeScheduler[{self.target}]"
+        return f"{type(self).__name__}[{self.target}]"
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,10 @@
+"""The command line: ``lightning-kd fit -c file.yaml``."""
+
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import Namespace
@@ -12,15 +15,17 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+# imported so that bare class names resolve
 import lightning_kd.callbacks
-import lightning_kd.data
 import lightning_kd.losses
 import lightning_kd.models
-import lightning_kd.modules
-import lightning_kd.weighting  # noqa: F401  imported so that bare class names resolve
+import lightning_kd.weighting  # noqa: F401
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
+from lightning_kd.cli.fill import fill_in
+from lightning_kd.cli.help import Parser
+from lightning_kd.cli.overrides import drop_leaked, expand_indices
 from lightning_kd.data import ImageData
 from lightning_kd.modules import Distiller
 
@@ -29,19 +34,23 @@ class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder when ``fit`` starts, and guard that folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: only ``on_fit_start`` knows whether a run is resumed."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds another run; else write the configuration."""
-        if stage != "fit" or self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = run_folder(trainer) / self.config_filename
         refuse_to_overwrite(trainer, path, self.overwrite)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-        self.already_saved = True
 
 
 class DistillationCLI(LightningCLI):
-    """``lightning-kd``: LightningCLI with the data's classes and channels filled in."""
+    """LightningCLI that knows the data's classes and channels and closes jsonargparse's traps."""
+
+    given: list[str]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--overwrite``."""
@@ -52,18 +61,34 @@ class DistillationCLI(LightningCLI):
             help="Replace the results of an earlier run in the same folder.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, after spelling out indices of lists."""
+        if args is None:
+            args = sys.argv[1:]
+        if isinstance(args, list):
+            try:
+                args = expand_indices(args)
+            except ValueError as error:
+                parser.error(str(error))
+        self.given = args if isinstance(args, list) else []
+        super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
-        """Fill in what the data knows; let ``--overwrite`` reach whoever writes files."""
+        """Fill in what the data knows, undo leaks, let ``--overwrite`` reach who writes files."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        data = config.get("data")
-        if data is not None:
-            fill_in(config.model, data)
+        undone = drop_leaked(config, self.given)
+        if undone:
+            rank_zero_info(
+                f"Options of a class that was replaced are back at their defaults: "
+                f"{', '.join(undone)}."
+            )
+        if config.get("data") is not None:
+            fill_in(config.model, config.data)
         self.save_config_kwargs["overwrite"] = bool(config.get("overwrite"))
 
     def before_fit(self) -> None:
         """Pass ``--overwrite`` on to the callbacks."""
-        config = self.config[str(self.subcommand)]
-        if config.get("overwrite"):
+        if self.save_config_kwargs["overwrite"]:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if hasattr(callback, "overwrite"):
                     callback.overwrite = True
@@ -79,12 +104,15 @@ class DistillationCLI(LightningCLI):
         if before is None or after is None:
             return
         old, new = dict(flatten(before)), dict(flatten(after))
-        changed = sorted(k for k in old if k in new and old[k] != new[k])
+        changed = sorted(
+            k for k in old if old[k] is not None and k in new and old[k] != new[k]
+        )  # what is null was filled in from the data when the checkpoint was made
         if changed:
             listed = ", ".join(f"{k} = {new[k]} (asked: {old[k]})" for k in changed[:8])
             rank_zero_warn(
                 f"The checkpoint's own options replace those of the command line: {listed}. To "
-                f"change options, start a new run from the weights (lightning_kd.models.pretrained)."
+                f"change options, start a new run from the weights "
+                f"(lightning_kd.models.pretrained)."
             )
 
 
@@ -102,42 +130,18 @@ def flatten(config: Any, prefix: str = "model") -> Iterator[tuple[str, Any]]:
         yield prefix, config
 
 
-def import_path(path: str) -> Callable[..., Any]:
-    """Import an object by its dotted path."""
-    module, _, name = path.rpartition(".")
-    found: Callable[..., Any] = getattr(__import__(module, fromlist=[name]), name)
-    return found
-
-
-def fill_in(model: Namespace, data: Namespace) -> None:
-    """Give each network that has ``num_classes`` or ``in_channels`` unset what the data has.
-
-    LightningCLI's links cannot do it: jsonargparse refuses a link to the arguments of a function,
-    which is what most networks are named by.
-    """
-    kind = import_path(data["class_path"])
-    if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
-        return
-    # folders are only listed where the classes are not known beforehand
-    options = vars(data["init_args"]) if data.get("init_args") else {}
-    source = kind if hasattr(kind, "num_classes") else kind(**options)
-    known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}
-
-    def walk(node: Any) -> None:
-        if isinstance(node, list):
-            for item in node:
-                walk(item)
-        if not isinstance(node, Namespace):
-            return
-        if "class_path" in node:
-            accepted = inspect.signature(import_path(node["class_path"])).parameters
-            for name, value in known.items():
-                if name in accepted and node.get(f"init_args.{name}") is None:
-                    node[f"init_args.{name}"] = value
-        for value in list(vars(node).values()):
-            walk(value)
-
-    walk(model)
+def quieten() -> None:
+    """Hide warnings about Lightning's own insides, which no user can act on."""
+    for message in (
+        # Lightning's own use of a torch function that newer versions of torch renamed
+        r".*isinstance\(treespec, LeafSpec\).*",
+        # the CSV logger is what we want where tensorboard is not installed
+        r".*`tensorboardX` has been removed.*",
+        # loaders of this package hold their data in memory and need no workers
+        r".*is smaller than the logging interval.*",
+        r"Total length of `list` across ranks is zero.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def main(args: ArgsType = None) -> LightningCLI:
@@ -146,6 +150,7 @@ def main(args: ArgsType = None) -> LightningCLI:
     Returns:
         The command line object, whose ``model``, ``trainer`` and ``datamodule`` live on.
     """
+    quieten()
     return DistillationCLI(
         Distiller,
         ImageData,
@@ -155,14 +160,15 @@ def main(args: ArgsType = None) -> LightningCLI:
         # else --optimizer would optimize the teachers too
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,
+        parser_class=Parser,
         parser_kwargs={"prog": "lightning-kd"},
         args=args,
     )
 
 
 def run() -> None:
-    """Console entry point: ``main`` without a return value, which the shell would read as failure."""
+    """Console entry point: ``main`` without its result, which a shell would read as failure."""
     main()
 
 
-__all__ = ["DistillationCLI", "main"]
+__all__ = ["DistillationCLI", "main", "run"]

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lightning_kd.data import ImageData
+
+
+def import_path(path: str) -> Callable[..., Any]:
+    """Import an object by its dotted path."""
+    module, _, name = path.rpartition(".")
+    found: Callable[..., Any] = getattr(__import__(module, fromlist=[name]), name)
+    return found
+
+
+def fill_in(model: Namespace, data: Namespace) -> None:
+    """Give each network that has ``num_classes`` or ``in_channels`` unset what the data has.
+
+    LightningCLI's links cannot do it: jsonargparse refuses a link to the arguments of a function,
+    which is what most networks are named by.
+    """
+    kind = import_path(data["class_path"])
+    if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
+        return
+    # folders are only listed where the classes are not known beforehand
+    options = vars(data["init_args"]) if data.get("init_args") else {}
+    source = kind if hasattr(kind, "num_classes") else kind(**options)
+    known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, list):
+            for item in node:
+                walk(item)
+        if not isinstance(node, Namespace):
+            return
+        if "class_path" in node:
+            accepted = inspect.signature(import_path(node["class_path"])).parameters
+            for name, value in known.items():
+                if name in accepted and node.get(f"init_args.{name}") is None:
+                    node[f"init_args.{name}"] = value
+        for value in list(vars(node).values()):
+            walk(value)
+
+    walk(model)

@@ -1,0 +1,99 @@
+"""Every shipped YAML runs, on data in miniature where the real one is not at hand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_kd import models
+from lightning_kd.cli import main
+from lightning_kd.data import vision
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml"))
+
+
+class Miniature:
+    """Stands in for a torchvision data set that is not on this machine."""
+
+    def __init__(self, root, train, download):
+        size, channels = self.shape
+        self.data = torch.randint(0, 256, (600, size, size, *channels), dtype=torch.uint8)
+        self.targets = torch.arange(600) % 10
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    for name, shape in (("FashionMNIST", (28, ())), ("CIFAR10", (32, (3,)))):
+        monkeypatch.setattr(
+            getattr(vision, name), "dataset", type(name, (Miniature,), {"shape": shape})
+        )
+
+
+def untrained(spec_path, tmp_path):
+    """Weights for a teacher that this machine may not have, in the place of the real file."""
+    name = Path(spec_path).parent.name if "runs/" in spec_path else Path(spec_path).stem
+    if "cifar10" in name:
+        network, spec = getattr(models, name.removeprefix("cifar10_"))(), None
+    else:
+        made = {
+            "wide_resnet": ("wide_resnet", {"depth": 10, "widen_factor": 2}),
+            "resnet20": ("resnet20", {}),
+            "resnet8": ("resnet8", {"width": 32}),
+        }[name]
+        init = {**made[1], "num_classes": 10, "in_channels": 1, "stem_stride": 2}
+        network = getattr(models, made[0])(**init)
+        spec = {"class_path": f"lightning_kd.models.{made[0]}", "init_args": init}
+    path = tmp_path / f"{name}.safetensors"
+    save_file(network.state_dict(), path)
+    if spec:
+        import json
+
+        path.with_suffix(".json").write_text(json.dumps(spec))
+    return str(path)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_config_runs(config, tmp_path):
+    text = (ROOT / config).read_text()
+    assert text.splitlines()[0].startswith(f"# lightning-kd fit -c {config}")
+
+    def place(match):
+        return (
+            match[1]
+            if (ROOT / match[1]).exists() and "digits" in match[1]
+            else untrained(match[1], tmp_path)
+        )
+
+    text = re.sub(r"(?<=checkpoint: )([\w/.]+\.safetensors)", place, text)
+    (tmp_path / "c.yaml").write_text(text)
+    args = [
+        "--trainer.fast_dev_run=true",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+    cli = main(
+        ["fit", "-c", str(tmp_path / "c.yaml"), f"--trainer.default_root_dir={tmp_path}", *args]
+    )
+    assert cli.trainer.global_step == 1
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+
+
+def test_plain_distillation_is_fifteen_lines():
+    lines = (ROOT / "configs/digits/single_teacher.yaml").read_text().splitlines()
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 15
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet20", "wide_resnet"])
+def test_shipped_digit_teachers_know_the_digits(name):
+    from lightning_kd.data import Digits
+
+    teacher = models.pretrained(str(ROOT / f"configs/digits/teachers/{name}.safetensors"))
+    data = Digits()
+    data.setup("test")
+    images, labels = data._test
+    accuracy = (teacher(images.float() / 255).argmax(1) == labels).float().mean()
+    assert accuracy > 0.95
