@@ -27,7 +27,7 @@ def kl_divergence(student, teacher, student_temperature=1.0, teacher_temperature
 
 
 def soft_target(student, teachers, weights, temperature, scale=True):
-    """T^2 times the batch mean of KL(sum_m w_m p_m || q); weights (M,) or (M, B); You et al. 2017."""
+    """T^2 times the batch mean of KL(sum_m w_m p_m || q), w (M,) or (M, B); You et al. 2017."""
     total = 0.0
     for b in range(len(student)):
         w = [weights[m][b] if weights.dim() == 2 else weights[m] for m in range(len(teachers))]

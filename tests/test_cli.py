@@ -9,6 +9,7 @@ import yaml
 
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.cli import main
+from lightning_kd.data import Digits
 from tests.conftest import assert_same_state
 
 ROOT = Path(__file__).parents[1]
@@ -70,14 +71,34 @@ def test_the_datas_classes_and_channels_are_filled_in(fit):
     assert cli.model.num_classes == 10
 
 
-def test_any_torchvision_factory_is_a_student(fit):
+def test_a_nested_network_is_filled_in_too(fit):
     cli = fit(
-        "--model.student=torchvision.models.shufflenet_v2_x0_5",
         "--trainer.fast_dev_run=true",
-        '--model.student={"class_path": "lightning_kd.models.Normalized", "init_args": {"mean": [0.5], "std": [0.5], '
-        '"network": {"class_path": "lightning_kd.models.resnet8"}}}',
+        '--model.student={"class_path": "lightning_kd.models.Normalized", "init_args": {'
+        '"mean": [0.5], "std": [0.5], "network": {"class_path": "lightning_kd.models.resnet8"}}}',
     )
     assert cli.model.student.network.linear.out_features == 10
+
+
+def test_any_torchvision_factory_is_student_and_teacher(tmp_path):
+    network = {"class_path": "torchvision.models.resnet18", "init_args": {"num_classes": 10}}
+    config = {
+        "model": {
+            "class_path": "lightning_kd.MultiTeacher",
+            "init_args": {"student": network, "teachers": [network]},
+        },
+        "data": {"class_path": "tests.test_cli.Colour"},
+        "trainer": {"fast_dev_run": True, "logger": False, "enable_progress_bar": False},
+    }
+    cli = main({"subcommand": "fit", "fit": config})
+    assert type(cli.model.teachers[0].network).__name__ == "ResNet"
+
+
+class Colour(Digits):
+    image_shape = (3, 32, 32)
+
+    def load(self, train):
+        return torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8), torch.arange(300) % 10
 
 
 def test_saved_config_runs_again_to_the_same_weights(fit, tmp_path):
@@ -232,7 +253,10 @@ def test_live_objects_through_main(tmp_path, tiny):
 
 
 def test_console_script_helps_and_returns_zero():
-    code = "import sys; sys.argv = ['lightning-kd', 'fit', '--model.help', 'lightning_kd.MultiTeacher']; from lightning_kd.cli import run; run()"
+    code = (
+        "import sys; from lightning_kd.cli import run;"
+        "sys.argv = ['lightning-kd', 'fit', '--model.help', 'lightning_kd.MultiTeacher']; run()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())

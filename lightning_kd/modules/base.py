@@ -160,7 +160,7 @@ class Distiller(LightningModule):
     # ------------------------------------------------------------------ parts
 
     def task_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy averaged over the labelled samples of the batch (in training: all ranks')."""
+        """Cross-entropy averaged over the labelled samples (in training: of all ranks)."""
         values = task_cross_entropy(logits, target, self.label_smoothing)
         labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
         count = labelled.sum().to(values.dtype)

@@ -153,7 +153,7 @@ def test_a_second_run_into_the_same_folder_loses_nothing(run, tmp_path):
     run([ExportStudent(), DistillationReport(plot=False)])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for callback in (ExportStudent(), DistillationReport()):
-        with pytest.raises(FileExistsError, match="another folder .*--overwrite"):
+        with pytest.raises(FileExistsError, match=r"another folder .*--overwrite"):
             run([callback])
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     run([ExportStudent(overwrite=True), DistillationReport(overwrite=True, plot=False)])

@@ -34,7 +34,7 @@ def test_option_a_shortcut_subsamples_and_pads_on_both_sides():
 
 
 def test_wide_resnet_has_the_published_size_and_preactivation():
-    # Zagoruyko & Komodakis, table 5: WRN-28-10 has 36.5 M, WRN-16-2 0.7 M, WRN-40-2 2.2 M parameters
+    # Zagoruyko & Komodakis, table 5: WRN-16-2 has 0.7 M, WRN-40-2 2.2 M, WRN-28-10 36.5 M
     sizes = [
         sum(p.numel() for p in WideResNet(d, k).parameters())
         for d, k in ((16, 2), (40, 2), (28, 10))

@@ -70,7 +70,7 @@ def test_truncated_file_is_told(suffix, keep, network, tmp_path):
     (save_file if suffix == "safetensors" else torch.save)(network.state_dict(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match="truncated|no checkpoint"):
+    with pytest.raises(ValueError, match=r"truncated|no checkpoint"):
         pretrained(str(path), network=fresh())
 
 
@@ -140,7 +140,10 @@ def test_network_is_built_from_the_json_beside_the_file(tmp_path):
 
 
 def test_models_import_without_lightning_or_plots():
-    code = "import sys, lightning_kd.models; print([m for m in ('lightning', 'matplotlib', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys, lightning_kd.models;"
+        "print([m for m in ('lightning', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

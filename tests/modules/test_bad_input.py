@@ -18,7 +18,7 @@ def test_no_teacher():
 
 def test_class_counts_differ(make_module, make_trainer, digits):
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="teacher 0 and the student .* got 7 and 10"):
+    with pytest.raises(ValueError, match=r"teacher 0 and the student .* got 7 and 10"):
         trainer.fit(make_module(teachers=[TinyNet(num_classes=7)]), datamodule=digits())
     with pytest.raises(ValueError, match="student with 10 classes, as the data has, got 7"):
         trainer.fit(Supervised(TinyNet(num_classes=7), num_classes=10), datamodule=digits())
@@ -28,7 +28,7 @@ def test_wrong_channels(make_trainer, digits):
     with pytest.raises(ValueError, match=r"the student .*\(1, 8, 8\).*expects 3 channels, got 1"):
         make_trainer().fit(Supervised(resnet8()), datamodule=digits())
     module = MultiTeacher(TinyNet(), [resnet8()])
-    with pytest.raises(ValueError, match="teacher 0 .*in_channels=1"):
+    with pytest.raises(ValueError, match=r"teacher 0 .*in_channels=1"):
         make_trainer().fit(module, datamodule=digits())
 
 

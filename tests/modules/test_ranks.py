@@ -26,11 +26,14 @@ def main(devices, path):
     torch.manual_seed(0)
     hint = Hint("relu", "relu", adapter=False)
     module = MultiTeacher(Net(8), [Net(8), Net(8)], losses=[SoftTarget(), hint], task_weight=0.5)
-    data = Digits(batch_size=64 // devices, subset=256, val_split=101, labelled_fraction=0.2, crop_padding=1)
+    data = Digits(
+        batch_size=64 // devices, subset=256, val_split=101, labelled_fraction=0.2, crop_padding=1
+    )
     data.shuffle_seed = 5
     trainer = Trainer(
         max_epochs=2, accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False,
-        strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False, enable_model_summary=False,
+        strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data)
     if trainer.is_global_zero:
