@@ -15,6 +15,7 @@ from lightning_kd.adapters import Tap
 from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
+from lightning_kd.modules.allocator import keep_freed_memory
 from lightning_kd.modules.dry_run import ask, check_classes, example_input
 from lightning_kd.modules.finite import FiniteWatch
 from lightning_kd.modules.measure import make_metrics, update_metrics
@@ -304,6 +305,11 @@ class Distiller(LightningModule):
             for key, metric in metrics.items(keep_base=False):
                 if metric.update_called:
                     self.log(key, metric, on_step=False, on_epoch=True, prog_bar=key in bar)
+
+    def on_fit_start(self) -> None:
+        """On a CPU, keep memory between steps: faulting it in again is the largest overhead."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
