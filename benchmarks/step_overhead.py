@@ -6,8 +6,8 @@ Both sides train the same student from the same three teachers on the same data 
 turn by turn (so that both see the same machine), and the median of the turns' ratios is printed.
 The plain loop does what any correct loop must: shuffle, cut a batch, convert it, ask the teachers
 under no_grad, KL at temperature 4 to their mean, cross-entropy, step, and add up the losses that
-it reports. On a CPU the package asks glibc to keep freed memory between steps, and the plain loop in
-the same process then gains from it too; what it did before is printed first.
+it reports. On a CPU the package asks glibc to keep freed memory between steps, and the plain loop
+in the same process then gains from it too; what it did before is printed first.
 """
 
 from __future__ import annotations

@@ -308,7 +308,7 @@ def _plot(report: dict[str, Any], path: Path) -> bool:
         losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
     if any(key == "val/loss" for row in history for key in row):
         losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
-    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from")
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from", yscale="log")
     losses.legend()
     drawn = False
     for key, label in (("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")):
