@@ -227,7 +227,7 @@ class Distiller(LightningModule):
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
         if self._student_tap is None:
-            self.prepare(example_input(self, self.unpack))
+            self.prepare(example_input(self, self.unpack).to(self.device))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the student, adapters and gates; never a teacher."""
