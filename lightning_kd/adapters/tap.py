@@ -39,7 +39,9 @@ class _Record:
                 f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
                 f"layer inside or behind it."
             )
-        self.store[self.layer] = (output, output._version)
+        # inference mode, which Lightning uses in test, keeps no version
+        version = -1 if output.is_inference() else output._version
+        self.store[self.layer] = (output, version)
 
 
 class Tap:
@@ -75,7 +77,7 @@ class Tap:
             if layer not in self._store:
                 raise RuntimeError(f"Layer {layer!r} did not run in this forward pass.")
             features[layer], version = self._store[layer]
-            if features[layer]._version != version:
+            if version >= 0 and features[layer]._version != version:
                 raise RuntimeError(
                     f"The output of layer {layer!r} was changed in place by the layer behind it "
                     f"(an in-place ReLU, most often): name that layer instead."

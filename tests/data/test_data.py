@@ -196,7 +196,14 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("workers", "channels"), [(0, 3), (1, 1)])
 def test_image_folder_reads_classes_and_unlabelled_images(folder, workers, channels):
-    data = ImageFolder(str(folder), image_size=16, channels=channels, num_workers=workers, val_split=0, batch_size=5)
+    data = ImageFolder(
+        str(folder),
+        image_size=16,
+        channels=channels,
+        num_workers=workers,
+        val_split=0,
+        batch_size=5,
+    )
     data.setup("fit")
     assert (data.num_classes, data.image_shape) == (2, (channels, 16, 16))
     state = torch.get_rng_state()

@@ -287,3 +287,20 @@ def test_gradient_accumulation_and_clipping(make_module, make_trainer, digits):
     trainer = make_trainer(max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0)
     trainer.fit(module, datamodule=digits())
     assert trainer.global_step == 2
+
+
+def test_every_stage_runs_with_tapped_layers_and_without_a_fit(make_module, make_trainer, digits):
+    for stage in ("validate", "test", "predict"):
+        module, trainer = make_module(losses=all_losses()), make_trainer()
+        answers = getattr(trainer, stage)(module, datamodule=digits())
+        assert len(answers) > 0
+    assert answers[0].shape == (64, 10)
+    torch.testing.assert_close(answers[0].sum(1), torch.ones(64))
+
+
+def test_fit_without_validation_data(make_module, make_trainer, digits):
+    for options, data in (({"limit_val_batches": 0}, {}), ({}, {"val_split": 0})):
+        trainer = make_trainer(**options)
+        trainer.fit(make_module(losses=all_losses()), datamodule=digits(**data))
+        assert "val/accuracy" not in trainer.callback_metrics
+        assert trainer.callback_metrics["train/loss"] > 0
