@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 from torchvision.io import write_png
@@ -46,20 +48,20 @@ def test_shuffle_depends_on_seed_and_epoch_alone():
     assert collect(loader) == first
     loader.sampler.set_epoch(1)
     assert collect(loader) != first
-    assert sorted(sum(collect(loader), [])) == sorted(sum(first, []))
+    assert sorted(chain(*collect(loader))) == sorted(chain(*first))
 
 
 def test_loader_continues_in_the_middle_of_an_epoch():
     data = Digits(batch_size=100)
     data.setup("fit")
     loader = data.train_dataloader()
-    whole = [b for b in loader]
+    whole = list(loader)
     iterator = iter(loader)
     for _ in range(5):
         next(iterator)
     again = data.train_dataloader()
     again.load_state_dict(loader.state_dict())
-    rest = [b for b in again]
+    rest = list(again)
     assert len(rest) == len(whole) - 5
     for a, b in zip(rest, whole[5:], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -147,16 +149,20 @@ def test_bad_options_are_told(options, message):
 )
 def test_empty_data_is_told(options, message):
     data = Digits(**options)
-    with pytest.raises(ValueError, match=message):
+
+    def start():
         data.setup("fit")
         data.train_dataloader()
+
+    with pytest.raises(ValueError, match=message):
+        start()
 
 
 def test_labels_out_of_range_are_told():
     class Wrong(Digits):
         num_classes = 9
 
-    with pytest.raises(ValueError, match="from 0 to 8.*got 0 to 9"):
+    with pytest.raises(ValueError, match=r"from 0 to 8.*got 0 to 9"):
         Wrong().setup("fit")
 
 
