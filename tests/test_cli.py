@@ -282,3 +282,26 @@ def test_no_own_warning_in_a_plain_run(fit):
         warnings.simplefilter("always")
         fit()
     assert not [w for w in caught if "lightning_kd" in w.filename]
+
+
+def test_a_mistake_ends_in_one_sentence_and_a_fault_in_its_traceback(monkeypatch, tmp_path):
+    from lightning_kd import cli
+
+    config = "configs/digits/multi_teacher.yaml"
+    args = ["lightning-kd", "fit", "-c", config, "--data.batch_size=0"]
+    monkeypatch.setattr("sys.argv", [*args, f"--trainer.default_root_dir={tmp_path}", *QUICK])
+    with pytest.raises(SystemExit, match=r"^lightning-kd: Expected batch_size >= 1, got 0\.$"):
+        cli.run()
+
+    (tmp_path / "report.json").touch()
+    args = ["lightning-kd", "fit", "-c", config, f"--trainer.default_root_dir={tmp_path}", *QUICK]
+    monkeypatch.setattr("sys.argv", args)
+    with pytest.raises(SystemExit, match=r"^lightning-kd: .*report\.json holds the results"):
+        cli.run()
+
+    def fault():
+        raise ValueError("elsewhere")
+
+    monkeypatch.setattr(cli, "main", fault)
+    with pytest.raises(ValueError, match="elsewhere"):
+        cli.run()

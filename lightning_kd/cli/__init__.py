@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -167,8 +169,18 @@ def main(args: ArgsType = None) -> LightningCLI:
 
 
 def run() -> None:
-    """Console entry point: ``main`` without its result, which a shell would read as failure."""
-    main()
+    """Console entry point: ``main``, with mistakes that this package names told in one sentence."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        home = Path(__file__).parents[1]
+        cause: BaseException | None = error  # jsonargparse wraps what constructors raise
+        while cause is not None:
+            raised_in = traceback.extract_tb(cause.__traceback__)[-1].filename
+            if Path(raised_in).is_relative_to(home):
+                sys.exit(f"lightning-kd: {cause}")
+            cause = cause.__cause__ or cause.__context__
+        raise  # a fault of somebody's code needs its traceback
 
 
 __all__ = ["DistillationCLI", "main", "run"]

@@ -45,7 +45,7 @@ def pretrained(
     """
     path = Path(checkpoint).expanduser()
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob("[!.]*.*") if p.is_file())
         beside = f"; {path.parent} holds {', '.join(near[:8])}" if near else ""
         raise FileNotFoundError(
             f"Expected a checkpoint at {path}, found none{beside}. Train or download it first."
