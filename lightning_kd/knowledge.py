@@ -92,11 +92,13 @@ class Ensemble:
         """Weighted mean over teachers, then mean over the batch.
 
         Args:
-            values: One per-sample tensor (B,) for each member.
+            values: For each member one per-sample tensor (B,), or a scalar of the whole batch.
 
         Returns:
             A scalar.
         """
         stacked = torch.stack(list(values))
         weights = self.weights.to(stacked)
+        if stacked.dim() == 1:  # of the batch: each teacher's mean trust in it
+            return (weights.flatten(1).mean(1) if weights.dim() == 2 else weights) @ stacked
         return ((weights if weights.dim() == 2 else weights[:, None]) * stacked).sum(0).mean()

@@ -1,6 +1,7 @@
 """Feature taps, and projections that size themselves."""
 
+from lightning_kd.adapters.layers import LayerPair
 from lightning_kd.adapters.projection import Projection
 from lightning_kd.adapters.tap import Tap, find_layer
 
-__all__ = ["Projection", "Tap", "find_layer"]
+__all__ = ["LayerPair", "Projection", "Tap", "find_layer"]

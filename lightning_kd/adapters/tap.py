@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_kd.knowledge import Knowledge
 
@@ -32,8 +33,11 @@ class _Record:
 
     def __init__(self, store: dict[str, tuple[Tensor, int]], layer: str) -> None:
         self.store, self.layer = store, layer
+        self.on = False  # else features of a validation batch, or a whole graph, would live on
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self.on:
+            return
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
@@ -59,10 +63,21 @@ class Tap:
         self.network = network
         self.layers = tuple(dict.fromkeys(layers))
         self._store: dict[str, tuple[Tensor, int]] = {}
-        self._handles = [
-            find_layer(network, layer).register_forward_hook(_Record(self._store, layer))
-            for layer in self.layers
-        ]
+        self._records = [_Record(self._store, layer) for layer in self.layers]
+        self._hooked: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        self.hook()
+
+    def hook(self) -> None:
+        """Hook the named layers, again where one was replaced (SyncBatchNorm does)."""
+        layers = [find_layer(self.network, layer) for layer in self.layers]
+        if any(a is not b for a, b in zip(layers, self._hooked, strict=False)) or not self._hooked:
+            self.remove()
+            self._hooked = layers
+            self._handles = [
+                layer.register_forward_hook(record)
+                for layer, record in zip(layers, self._records, strict=True)
+            ]
 
     def __call__(self, x: Tensor) -> Knowledge:
         """Run the network on images, shape (B, C, H, W).
@@ -71,7 +86,13 @@ class Tap:
             RuntimeError: If a tapped layer did not run, or its output was changed in place.
         """
         self._store.clear()  # nothing of an earlier batch may survive
-        output = self.network(x)
+        for record in self._records:
+            record.on = True
+        try:
+            output = self.network(x)
+        finally:
+            for record in self._records:
+                record.on = False
         features = {}
         for layer in self.layers:
             if layer not in self._store:

@@ -67,9 +67,10 @@ class ExportStudent(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
+        folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        path = run_folder(trainer, self.folder) / "student.safetensors"
+        path = folder / "student.safetensors"
         state = {
             k: v.detach().cpu().contiguous() for k, v in best_student(trainer, pl_module).items()
         }
@@ -89,7 +90,7 @@ class ExportStudent(Callback):
 
         network = copy.deepcopy(module.student).cpu()
         network.load_state_dict(state)
-        network.eval()
+        network.float().eval()  # whoever loads the graph expects float32
         example = (torch.zeros(2, *(module.input_shape or ())),)
         dynamic = ({0: torch.export.Dim("batch")},)
         if "torch" in self.formats:

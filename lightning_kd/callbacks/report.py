@@ -52,6 +52,7 @@ class DistillationReport(Callback):
         self.seconds = 0.0
         self.samples = 0
         self._training = 0.0
+        self._validated = False
         self._started = self._batch_started = 0.0
 
     @override
@@ -90,6 +91,7 @@ class DistillationReport(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = False
         self._batch_started = time.perf_counter()
 
     @override
@@ -106,12 +108,15 @@ class DistillationReport(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
         self._batch_started = time.perf_counter()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
-        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        # Lightning keeps the values of the last validation, which may be of an earlier epoch
+        fresh = (k for k in trainer.callback_metrics if self._validated or k.startswith("train/"))
+        row = {k: float(trainer.callback_metrics[k]) for k in fresh}
         self.history.append({"epoch": float(trainer.current_epoch), **row})
 
     def _pause(self) -> None:
@@ -128,6 +133,7 @@ class DistillationReport(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
+        folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         self.seconds, self._started = self._elapsed(), 0.0
@@ -140,17 +146,18 @@ class DistillationReport(Callback):
             else None,
             "seed": _seed(),
             "versions": _versions(),
-            "config": self._config(trainer),
+            "config": _config(folder),
             "history": self.history,
         }
-        self._write(trainer, report)
+        self._write(folder, report)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
+        folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        path = run_folder(trainer, self.folder) / "report.json"
+        path = folder / "report.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
         row = {k: float(v) for k, v in trainer.callback_metrics.items()}
         for key, value in (
@@ -158,12 +165,12 @@ class DistillationReport(Callback):
             ("seconds", None),
             ("samples_per_second", None),
             ("seed", _seed()),
-            ("config", self._config(trainer)),
+            ("config", _config(folder)),
             ("history", []),
             ("versions", _versions()),
         ):
             report.setdefault(key, value)
-        self._write(trainer, report | self._measured(row, "test", pl_module))
+        self._write(folder, report | self._measured(row, "test", pl_module))
 
     def _best_row(self, trainer: Trainer) -> dict[str, Any]:
         """Row of the history that the exported student belongs to."""
@@ -196,17 +203,19 @@ class DistillationReport(Callback):
             "agreement": row.get(f"{split}/agreement"),
         }
 
-    def _config(self, trainer: Trainer) -> str | None:
-        path = run_folder(trainer, self.folder) / "config.yaml"
-        return str(path) if path.is_file() else None
-
-    def _write(self, trainer: Trainer, report: dict[str, Any]) -> None:
-        path = run_folder(trainer, self.folder) / "report.json"
+    def _write(self, folder: Path, report: dict[str, Any]) -> None:
+        path = folder / "report.json"
         write_atomically(path, json.dumps(report, indent=2).encode() + b"\n")
         rank_zero_info(summary(report))
         rank_zero_info(f"report:  {path}")
         if self.plot and report["history"] and _plot(report, path.with_suffix(".png")):
             rank_zero_info(f"plot:    {path.with_suffix('.png')}")
+
+
+def _config(folder: Path) -> str | None:
+    """Path of the configuration that the command line saved, if it did."""
+    path = folder / "config.yaml"
+    return str(path) if path.is_file() else None
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -245,7 +254,9 @@ def _name(network: nn.Module) -> str:
 @torch.no_grad()
 def _cost(network: nn.Module, module: Distiller) -> dict[str, Any]:
     """Parameters, floating point operations and milliseconds of one image."""
-    x = torch.zeros(1, *(module.input_shape or ()), device=module.device)
+    floats = (p.dtype for p in network.parameters() if p.is_floating_point())
+    dtype = next(floats, torch.float32)  # not float32 under bf16-true and 64-true
+    x = torch.zeros(1, *(module.input_shape or ()), device=module.device, dtype=dtype)
     modes = [(m, m.training) for m in network.modules()]
     network.eval()
     try:

@@ -149,7 +149,8 @@ class ImageData(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-        if not len(order):
+        ranks = order.world_size
+        if not len(order) or len(source[1]) < ranks:
             raise ValueError(
                 f"Expected at least one batch, got {len(source[1])} images for batches of "
                 f"{self.batch_size} with drop_last={self.drop_last}."

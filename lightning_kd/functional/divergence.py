@@ -25,7 +25,8 @@ def kl_divergence(
     .. math:: \sum_k p_k^T (\log p_k^T - \log p_k^S), \quad p = \mathrm{softmax}(z / \tau)
 
     No :math:`\tau^2` is applied. Log-probabilities are valid logits at temperature 1, so an
-    already softened target may be passed as ``teacher``.
+    already softened target may be passed as ``teacher``. Where a teacher's logit is minus infinity,
+    that class adds nothing.
 
     Args:
         student: Logits, shape (B, K, ...), any float type.
@@ -53,7 +54,9 @@ def kl_divergence(
     check_positive(teacher_temperature, "teacher_temperature")
     log_q = F.log_softmax(student / student_temperature, dim=1)
     log_p = F.log_softmax(teacher / teacher_temperature, dim=1)
-    return _per_sample(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1))
+    # a class that the teacher rules out (-inf) adds 0 log 0 = 0, not NaN
+    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
+    return _per_sample((log_p.exp() * log_ratio).sum(1))
 
 
 @full_precision

@@ -3,7 +3,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_kd.functional import attention_distance
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import LayerLoss
 
 
@@ -20,12 +19,6 @@ class AttentionTransfer(LayerLoss):
         paper: mean of squares as in the authors' code; one instance a stage.
     """
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
-        """Scalar; see ``DistillationLoss.forward``."""
-        feature = student.feature(self.student_layer)
-        return teachers.average(
-            [
-                attention_distance(feature, self.teacher_feature(m, teacher))
-                for m, teacher in zip(teachers.indices, teachers.members, strict=True)
-            ]
-        )
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        """Per sample, shape (B,)."""
+        return attention_distance(student, teacher)

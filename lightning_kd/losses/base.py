@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lightning_kd.adapters import LayerPair
 from lightning_kd.knowledge import Ensemble, Knowledge
 
 
@@ -40,6 +41,15 @@ class DistillationLoss(nn.Module, ABC):
     def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
         """Size adapters from a dry run; called once, before the optimizer is made."""
 
+    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """Reach into the networks themselves; called once, after ``build``.
+
+        Do not register a teacher: it would be trained and saved.
+        """
+
+    def before(self, teachers: Sequence[Knowledge], indices: Sequence[int]) -> None:
+        """See what the teachers of these indices said, before the student runs."""
+
     @abstractmethod
     def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
         """Compute the unweighted loss of one batch.
@@ -54,8 +64,10 @@ class DistillationLoss(nn.Module, ABC):
         """
 
 
-class LayerLoss(DistillationLoss):
+class LayerLoss(LayerPair, DistillationLoss):
     """A loss between one layer of the student and one of each teacher.
+
+    Give ``forward``, or only ``compare``.
 
     Args:
         student_layer: Dotted name of a student layer.
@@ -70,21 +82,34 @@ class LayerLoss(DistillationLoss):
         self.student_layer = student_layer
         self.teacher_layer = teacher_layer
 
-    def student_layers(self) -> Sequence[str]:
-        """The one student layer."""
-        return (self.student_layer,)
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        """Distance of student features (B, ...) to teacher ``index``'s: per sample (B,), or 0-d."""
+        raise NotImplementedError(f"{type(self).__name__} gives neither compare nor forward.")
 
-    def teacher_layers(self, index: int) -> Sequence[str]:
-        """The one layer of teacher ``index``."""
-        if isinstance(self.teacher_layer, str):
-            return (self.teacher_layer,)
-        if index >= len(self.teacher_layer):
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Weighted mean of ``compare`` over the teachers; see ``DistillationLoss.forward``."""
+        feature = self.student_feature(student)
+        return teachers.average(
+            [
+                self.compare(feature, self.teacher_feature(m, teacher), m)
+                for m, teacher in zip(teachers.indices, teachers.members, strict=True)
+            ]
+        )
+
+
+def by_name(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
+    """Key each loss by its name in the log; equal names are numbered.
+
+    Raises:
+        ValueError: If a name is one that the log needs for something else.
+    """
+    named: dict[str, DistillationLoss] = {}
+    for loss in losses:
+        if loss.name in ("loss", "task", "gate"):
             raise ValueError(
-                f"Expected one teacher_layer for each teacher, got {len(self.teacher_layer)} "
-                f"names and at least {index + 1} teachers."
+                f"Expected a loss whose name is not `loss`, `task` or `gate`, which are taken in "
+                f"the log, got {type(loss).__name__}: rename the class."
             )
-        return (self.teacher_layer[index],)
-
-    def teacher_feature(self, index: int, teacher: Knowledge) -> Tensor:
-        """Output of the layer that this loss reads from teacher ``index``."""
-        return teacher.feature(self.teacher_layers(index)[0])
+        same = sum(other.name == loss.name for other in named.values())
+        named[f"{loss.name}_{same + 1}" if same else loss.name] = loss
+    return named

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_kd.adapters import Projection
 from lightning_kd.functional import hint_distance
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses.base import LayerLoss
 
 
@@ -51,16 +51,7 @@ class Hint(LayerLoss):
                 for m, teacher in enumerate(teachers)
             )
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
-        """Scalar; see ``DistillationLoss.forward``."""
-        feature = student.feature(self.student_layer)
-        return teachers.average(
-            [
-                hint_distance(
-                    self.projections[m](feature) if self.adapter else feature,
-                    self.teacher_feature(m, teacher),
-                    self.power,
-                )
-                for m, teacher in zip(teachers.indices, teachers.members, strict=True)
-            ]
-        )
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        """Per sample, shape (B,)."""
+        adapted = self.projections[index](student) if self.adapter else student
+        return hint_distance(adapted, teacher, self.power)

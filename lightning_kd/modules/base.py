@@ -15,25 +15,17 @@ from lightning_kd.adapters import Tap
 from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
+from lightning_kd.losses.base import by_name
 from lightning_kd.modules.allocator import keep_freed_memory
-from lightning_kd.modules.dry_run import ask, check_classes, example_input
+from lightning_kd.modules.dry_run import ask, check_classes, example_input, training_images
 from lightning_kd.modules.finite import FiniteWatch
 from lightning_kd.modules.measure import make_metrics, update_metrics
+from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.teachers import Teacher
 from lightning_kd.weighting import Uniform, Weighting
 
-# arguments that are live objects in Python; the command line records their configuration instead
-LIVE = ("student", "teachers", "losses", "weighting", "optimizer", "scheduler")
-
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value loads with ``weights_only``: numbers, strings, None and lists of them."""
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(v) for v in value)
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def world_size() -> int:
@@ -48,7 +40,7 @@ class Distiller(LightningModule):
     Subclass a paradigm and override one of these:
 
     - ``unpack(batch)``: the only line that knows the batch layout;
-    - ``teach(x)``: who is asked, and how;
+    - ``teach(x, indices)``: how teachers are asked;
     - ``learn(x)``: the student's answer;
     - ``step(x, target)``: the named, weighted terms of the loss.
 
@@ -83,7 +75,7 @@ class Distiller(LightningModule):
         """
         frame = inspect.currentframe()
         assert frame is not None
-        self._remember(frame.f_back)
+        remember_options(self, frame.f_back)
         for name, value, kind in (
             ("student", [student], nn.Module),
             ("teachers", teachers, nn.Module),
@@ -108,7 +100,7 @@ class Distiller(LightningModule):
                     f"Expected student and teacher {index} to be separate networks, got shared "
                     f"weights: give one of them as copy.deepcopy(network)."
                 )
-        self.losses = nn.ModuleDict(self._named(losses))
+        self.losses = nn.ModuleDict(by_name(losses))
         self.weighting = weighting or Uniform()
         self.task_weight, self.label_smoothing = task_weight, label_smoothing
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -127,16 +119,15 @@ class Distiller(LightningModule):
             return batch, None
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:
+            return batch[0], None
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(f"Expected batches of (images, labels), got {got}: override unpack(batch).")
 
-    def teach(self, x: Tensor, target: Tensor | None = None) -> Ensemble:
-        """Ask the teachers that the weighting wants; nothing is differentiated."""
-        indices = tuple(self.weighting.active(len(self.teachers)))
+    def teach(self, x: Tensor, indices: Sequence[int]) -> list[Knowledge]:
+        """Ask the teachers of these indices; nothing is differentiated."""
         with torch.no_grad():  # here, not inside Teacher: other paradigms need the gradient
-            members = [self.teachers[m](x) for m in indices]
-        weights = self.weighting(members, None, target)
-        return Ensemble(members, weights, self.weighting.space, indices)
+            return [self.teachers[m](x) for m in indices]
 
     def learn(self, x: Tensor) -> Knowledge:
         """Ask the student."""
@@ -148,14 +139,32 @@ class Distiller(LightningModule):
 
     def step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Compute the weighted terms of the loss by name, each a scalar."""
+        indices: Sequence[int] = ()
+        members: list[Knowledge] = []
+        if self.losses:
+            indices = tuple(self.weighting.active(len(self.teachers)))
+            members = self.teach(x, indices)
+            for each in self._losses():
+                each.before(members, indices)
         student = self.learn(x)
         terms = {}
         if target is not None and self.task_weight:
             terms["task"] = self.task_weight * self.task_loss(student.logits, target)
-        if self.losses:
-            teachers = self.teach(x, target)
-            for name, loss in self.losses.items():
-                terms[name] = loss.weight * loss(student, teachers, target)
+        if members:
+            weights = self.weighting(members, student, target)
+            teachers = Ensemble(members, weights, self.weighting.space, indices)
+            for name, loss in zip(self.losses, self._losses(), strict=True):
+                value = loss(student, teachers, target)
+                terms[name] = loss.weight * self.weighting.strength * value
+            gate = self.weighting.loss(teachers, target)
+            if gate is not None:
+                terms["gate"] = gate
+        if len(indices) < len(self.teachers) and self.losses:
+            # DDP and optimizers see every adapter each step, whoever was asked
+            rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
+            rest = rest or [student.logits.sum()]
+            first = next(iter(self.losses))
+            terms[first] = terms.get(first, 0.0) + 0.0 * torch.stack(rest).sum()
         return terms
 
     # ------------------------------------------------------------------ parts
@@ -184,33 +193,26 @@ class Distiller(LightningModule):
         """
         if self._student_tap is not None:
             return
-        layers = [layer for loss in self._losses() for layer in loss.student_layers()]
-        tap = Tap(self.student, layers)
+        parts: list[DistillationLoss | Weighting] = [*self._losses(), self.weighting]
+        tap = Tap(self.student, [layer for part in parts for layer in part.student_layers()])
         student = ask("the student", self.student, tap, x)
         teachers = []
         for index, teacher in enumerate(self._teachers()):
-            teacher.listen([n for loss in self._losses() for n in loss.teacher_layers(index)])
+            teacher.listen([n for part in parts for n in part.teacher_layers(index)])
             teachers.append(ask(f"teacher {index}", teacher.network, teacher, x))
         check_classes(student, teachers, self.num_classes)
         self.weighting.active(len(self.teachers))  # a wrong number of weights is told now
+        for part in parts:
+            part.build(student, teachers)
+            part.to(x.device)
         for loss in self._losses():
-            loss.build(student, teachers)
-            loss.to(x.device)
+            loss.attach(self.student, [teacher.network for teacher in self._teachers()])
         self.input_shape = tuple(x.shape[1:])
         classes = student.logits.shape[1]
         self.metrics = nn.ModuleDict(
             {stage: make_metrics(classes, len(teachers), stage) for stage in ("val", "test")}
         )
         self._student_tap = tap
-
-    @staticmethod
-    def _named(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
-        """Key each loss by its name in the log; equal names are numbered."""
-        named: dict[str, DistillationLoss] = {}
-        for loss in losses:
-            same = sum(key == loss.name or key.startswith(f"{loss.name}_") for key in named)
-            named[f"{loss.name}_{same + 1}" if same else loss.name] = loss
-        return named
 
     def _teachers(self) -> Iterator[Teacher]:
         for teacher in self.teachers:
@@ -265,7 +267,7 @@ class Distiller(LightningModule):
         if self.device.type == "cpu" or self.trainer.global_step % every == 0:
             self._raise_if_not_finite()
         logged = {"train/loss": loss.detach(), **{f"train/{k}": v for k, v in parts.items()}}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x))
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return {"loss": loss, **parts}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -285,37 +287,49 @@ class Distiller(LightningModule):
         x, target = self.unpack(batch)
         metrics = self.metrics[stage]
         assert isinstance(metrics, MetricCollection)
-        logits = self(x)
+        student = self.learn(x)
         members: list[Knowledge] = []
         answer = None
         if self.teachers:
-            with torch.no_grad():
-                members = [teacher(x) for teacher in self.teachers]
-                active = tuple(self.weighting.active(len(members)))
-                asked = [members[m] for m in active]
-                weights = self.weighting(asked, None, target)
-            answer = Ensemble(asked, weights, self.weighting.space, active).log_probabilities()
-        update_metrics(metrics, logits, target, members, answer)
-        if target is not None:
-            loss = self.task_loss(logits, target)
-            self.log(f"{stage}/loss", loss, batch_size=len(x), sync_dist=True)
+            members = self.teach(x, range(len(self.teachers)))
+            indices = tuple(self.weighting.active(len(members)))
+            asked = [members[m] for m in indices]
+            # without labels: an answer that was weighed by the right one would be no measurement
+            weights = self.weighting(asked, student, None)
+            answer = Ensemble(asked, weights, self.weighting.space, indices).log_probabilities()
+        if self.trainer.sanity_checking:
+            return  # its batches come again in the first epoch and must not count twice
+        update_metrics(metrics, student.logits, target, members, answer)
+        if target is not None and stage == "val":
+            self.weighting.observe(student, members, target)
+        # the objects, not values: Lightning computes and resets them over all ranks
+        for key, metric in metrics.items(keep_base=False):
+            if metric.update_called:
+                bar = key == f"{stage}/accuracy"
+                self.log(key, metric, on_step=False, on_epoch=True, prog_bar=bar)
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the weighting learn from what validation showed."""
         if not self.trainer.sanity_checking:
-            # the objects, not values: Lightning computes and resets them over all ranks
-            bar = {f"{stage}/accuracy"}
-            for key, metric in metrics.items(keep_base=False):
-                if metric.update_called:
-                    self.log(key, metric, on_step=False, on_epoch=True, prog_bar=key in bar)
+            self.weighting.update()
 
     def on_fit_start(self) -> None:
         """On a CPU, keep memory between steps: faulting it in again is the largest overhead."""
         if self.device.type == "cpu":
             keep_freed_memory()
+        if self._student_tap is not None:
+            self._student_tap.hook()  # sync_batchnorm replaces layers after the dry run
+        if self.weighting.wants_images:
+            with torch.no_grad():
+                images = [x.to(self.device) for x in training_images(self, self.unpack)]
+                self.weighting.calibrate(images, [t.network for t in self._teachers()])
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
-        if self._rng is not None:
+        # a checkpoint that was only loaded, not resumed, leaves the user's seed alone
+        if self._rng is not None and self.trainer.ckpt_path is not None:
             set_rng_state(self._rng)
-            self._rng = None
+        self._rng = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
@@ -342,18 +356,3 @@ class Distiller(LightningModule):
                 f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
                 f"learning rate, or clip gradients (--trainer.gradient_clip_val 1).{kept}"
             )
-
-    def _remember(self, frame: Any) -> None:
-        """Save options: the plain configuration under the command line, plain values in Python.
-
-        Live objects would be pickled into the checkpoint, which then loads no more with
-        ``weights_only``; and without their configuration a checkpoint of the command line could not
-        rebuild them.
-        """
-        self.save_hyperparameters(ignore=LIVE, frame=frame)
-        if "_instantiator" in self.hparams:
-            self.save_hyperparameters(frame=frame)
-        else:
-            options = {k: v for k, v in dict(self.hparams).items() if is_plain(v)}
-            self._hparams = type(self.hparams)(options)  # type: ignore[call-arg]
-            self._hparams_initial = type(self.hparams)(options)  # type: ignore[call-arg]

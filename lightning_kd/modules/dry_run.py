@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lightning_kd.knowledge import Knowledge
 
@@ -69,7 +71,7 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
         ValueError: If the data is empty.
     """
     trainer = module.trainer
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     shape = getattr(datamodule, "image_shape", None)
     if shape is not None:
         return torch.zeros(1, *shape)
@@ -83,10 +85,11 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
     }[str(trainer.state.fn and trainer.state.fn.value)]
     with isolate_rng():
         loader: Any = loop._data_source.dataloader()
-        while isinstance(loader, (list, tuple)):
-            loader = loader[0]
+        while isinstance(loader, (list, tuple, dict)):
+            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
         dataset = getattr(loader, "dataset", None)
-        if hasattr(dataset, "__getitem__") and hasattr(loader, "collate_fn"):
+        mapped = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+        if mapped and getattr(loader, "batch_size", None) is not None:
             if not len(dataset):  # type: ignore[arg-type]
                 raise ValueError("Expected data, got an empty dataset: check its path and filters.")
             batch = loader.collate_fn([dataset[0]])  # type: ignore[index]  # no worker starts
@@ -96,3 +99,14 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
                 raise ValueError("Expected data, got a loader without a batch.")
         batch = (datamodule or module).on_after_batch_transfer(batch, 0)
     return unpack(batch)[0][:1]
+
+
+def training_images(
+    module: LightningModule, unpack: Callable[[Any], tuple[Tensor, Any]], batches: int = 16
+) -> list[Tensor]:
+    """Images of the first training batches, without disturbing any generator."""
+    trainer = module.trainer
+    transfer = (getattr(trainer, "datamodule", None) or module).on_after_batch_transfer
+    with isolate_rng():
+        loader = trainer.fit_loop._data_source.dataloader()
+        return [unpack(transfer(batch, 0))[0] for batch in itertools.islice(loader, batches)]

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Knowledge
 
 
 def make_metrics(num_classes: int, num_teachers: int, stage: str) -> MetricCollection:
-    """Accuracy and calibration error of the student; with teachers, theirs and the agreement."""
+    """Loss, accuracy and calibration of the student; with teachers, theirs and the agreement."""
 
     def accuracy() -> MulticlassAccuracy:
         return MulticlassAccuracy(
@@ -21,6 +22,7 @@ def make_metrics(num_classes: int, num_teachers: int, stage: str) -> MetricColle
         )
 
     metrics: dict[str, Any] = {
+        "loss": MeanMetric(nan_strategy="disable"),
         "accuracy": accuracy(),
         "ece": MulticlassCalibrationError(
             num_classes, n_bins=15, ignore_index=-1, validate_args=False
@@ -54,6 +56,8 @@ def update_metrics(
         metrics["agreement"].update(logits, ensemble.argmax(1))
     if target is None:
         return
+    labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
+    metrics["loss"].update(task_cross_entropy(logits, target), labelled.float())
     metrics["accuracy"].update(logits, target)
     metrics["ece"].update(logits, target)
     if ensemble is not None:

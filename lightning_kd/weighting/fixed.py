@@ -47,7 +47,7 @@ class Fixed(Weighting):
         return [m for m, weight in enumerate(self.given) if weight > 0]
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge | None, target: Tensor | None
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
     ) -> Tensor:
         """The given weights of the active teachers, shape (M,)."""
         return self.weights

@@ -19,7 +19,7 @@ class Uniform(Weighting):
     """
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge | None, target: Tensor | None
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
     ) -> Tensor:
         """Weights 1 / M, shape (M,)."""
         m = len(teachers)
