@@ -120,3 +120,222 @@ def calibration_error(probabilities, labels, bins=15):
 def sigmoid_ramp_up(progress):
     """exp(-5 (1 - t)^2); Laine & Aila 2017, section 2.1."""
     return math.exp(-5 * (1 - progress) ** 2)
+
+
+def decoupled_kl(student, teacher, labels, temperature, alpha, beta):
+    """alpha KL(b_t || b_s) + beta KL(rest_t || rest_s) per row; Zhao et al. 2022, equation 7."""
+    values = []
+    for s, t, y in zip(student, teacher, labels.tolist(), strict=True):
+        q, p = softmax(s, temperature), softmax(t, temperature)
+        others = [k for k in range(len(s)) if k != y]
+        q_not, p_not = sum(q[k] for k in others), sum(p[k] for k in others)
+        target = p[y] * torch.log(p[y] / q[y]) + p_not * torch.log(p_not / q_not)
+        rest = sum(p[k] / p_not * torch.log((p[k] / p_not) / (q[k] / q_not)) for k in others)
+        values.append(alpha * target + beta * rest)
+    return torch.stack(values)
+
+
+def standardize(logits):
+    """(z - mean) / (std + 1e-7), std with K - 1; Sun et al. 2024, algorithm 1."""
+    return torch.stack([(z - z.mean()) / (z.std() + 1e-7) for z in logits])
+
+
+def subset_kl(student, teacher, classes, temperature):
+    """KL(p || softmax of the student's logits of those classes) per row; UHC's CE variant."""
+    return kl_divergence(student[:, classes], teacher, temperature, temperature)
+
+
+def unit_distance(student, teacher):
+    """sum |s / |s|_2 - t / |t|_2| per sample; Park & Kwak 2019, equation 1."""
+    return torch.stack(
+        [
+            (s / s.pow(2).sum().sqrt() - t / t.pow(2).sum().sqrt()).abs().sum()
+            for s, t in zip(student, teacher, strict=True)
+        ]
+    )
+
+
+def selectivity_distance(student, teacher):
+    """MMD^2 of unit channel maps under (a . b)^2 per sample; Huang & Wang 2017, equation 7."""
+
+    def mean_kernel(a, b):
+        return sum((x * y).sum() ** 2 for x in a for y in b) / (len(a) * len(b))
+
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        s = [c.flatten() / c.pow(2).sum().sqrt() for c in s]
+        t = [c.flatten() / c.pow(2).sum().sqrt() for c in t]
+        values.append(mean_kernel(s, s) + mean_kernel(t, t) - 2 * mean_kernel(s, t))
+    return torch.stack(values)
+
+
+def similarity_distance(student, teacher):
+    """|| G_s - G_t ||_F^2 / B^2, rows of Q Q^T of unit length; Tung & Mori 2019."""
+
+    def gram(x):
+        rows = []
+        for a in x:
+            row = torch.stack([(a * b).sum() for b in x])
+            rows.append(row / row.pow(2).sum().sqrt())
+        return rows
+
+    pairs = zip(gram(student), gram(teacher), strict=True)
+    return sum((a - b).pow(2).sum() for a, b in pairs) / len(student) ** 2
+
+
+def matrix_log(matrix, terms=4000):
+    """log A = log c - sum_n (I - A / c)^n / n, c the largest row sum; no eigenvalues."""
+    c = matrix.abs().sum(1).max()
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    power, total = eye, torch.zeros_like(matrix)
+    for n in range(1, terms):
+        power = power @ (eye - matrix / c)
+        total = total - power / n
+    return total + torch.log(c) * eye
+
+
+def log_euclidean_distance(student, teacher, epsilon):
+    """|| log(A_s + e I) - log(A_t + e I) ||_F^2 / B^2; Wu et al. 2019, equation 5."""
+
+    def similarities(x):
+        x = [torch.relu(a) for a in x]
+        x = [a / a.pow(2).sum().sqrt() for a in x]
+        matrix = torch.stack([torch.stack([(a * b).sum() for b in x]) for a in x])
+        return matrix + epsilon * torch.eye(len(x), dtype=matrix.dtype)
+
+    difference = matrix_log(similarities(student)) - matrix_log(similarities(teacher))
+    return difference.pow(2).sum() / len(student) ** 2
+
+
+def huber(a, b):
+    """0.5 d^2 below 1, |d| - 0.5 above."""
+    d = (a - b).abs()
+    return 0.5 * d**2 if float(d) < 1 else d - 0.5
+
+
+def relational_distance(student, teacher):
+    """Mean Huber distance of d_ij / mean(d > 0) over all pairs; Park et al. 2019, equation 6."""
+
+    def distances(x):
+        d = [[(a - b).pow(2).sum().sqrt() if a is not b else a.sum() * 0 for b in x] for a in x]
+        positive = [v for row in d for v in row if float(v) > 0]
+        mean = sum(positive) / len(positive) if positive else 1.0
+        return [[v / mean for v in row] for row in d]
+
+    s, t, n = distances(list(student)), distances(list(teacher)), len(student)
+    return sum(huber(s[i][j], t[i][j]) for i in range(n) for j in range(n)) / n**2
+
+
+def relational_angle(student, teacher):
+    """Mean Huber distance of cos(i j k) over all triples; Park et al. 2019, equation 8."""
+
+    def unit(v):
+        norm = v.pow(2).sum()
+        return v / norm.sqrt() if float(norm) > 0 else v * 0
+
+    def cosine(x, i, j, k):
+        return (unit(x[i] - x[j]) * unit(x[k] - x[j])).sum()
+
+    n = len(student)
+    triples = [(i, j, k) for i in range(n) for j in range(n) for k in range(n)]
+    return sum(huber(cosine(student, *ijk), cosine(teacher, *ijk)) for ijk in triples) / n**3
+
+
+def probabilistic_distance(student, teacher, epsilon=1e-7):
+    """Mean over pairs of p log(p / q) of row-normalised (cos + 1) / 2; Passalis & Tefas 2018."""
+
+    def rows(x):
+        units = [a / a.pow(2).sum().sqrt() for a in x]
+        kernel = [[((a * b).sum() + 1) / 2 + epsilon for b in units] for a in units]
+        return [[v / sum(row) for v in row] for row in kernel]
+
+    q, p, n = rows(student), rows(teacher), len(student)
+    return sum(p[i][j] * torch.log(p[i][j] / q[i][j]) for i in range(n) for j in range(n)) / n**2
+
+
+def confidence_weights(teachers, labels):
+    """(1 - e^CE_m / sum e^CE_j) / (M - 1), (M, B); Zhang et al. 2022 (CA-MKD), equation 1."""
+    m = len(teachers)
+    losses = [cross_entropy(t, labels) for t in teachers]
+    if m == 1:
+        return torch.ones(1, len(labels), dtype=losses[0].dtype)
+    shares = [softmax([loss[b] for loss in losses]) for b in range(len(labels))]
+    return torch.tensor([[(1 - float(row[i])) / (m - 1) for row in shares] for i in range(m)])
+
+
+def entropy_weights(teachers):
+    """(1 - H_m / sum H_j) / (M - 1), (M, B); EBKD, scaled to sum to 1."""
+    m, batch = len(teachers), len(teachers[0])
+    h = [[-sum(float(p) * math.log(float(p)) for p in softmax(z)) for z in t] for t in teachers]
+    if m == 1:
+        return torch.ones(1, batch)
+    return torch.tensor(
+        [
+            [(1 - h[i][b] / sum(h[j][b] for j in range(m))) / (m - 1) for b in range(batch)]
+            for i in range(m)
+        ]
+    )
+
+
+def soft_target_gradient(student, teacher, temperature):
+    """d/dz of T^2 KL(p_t || p_s) of the batch mean, averaged over samples, by autograd."""
+    z = student.clone().requires_grad_()
+    loss = temperature**2 * kl_divergence(z, teacher, temperature, temperature).mean()
+    (gradient,) = torch.autograd.grad(loss, z)
+    return gradient.sum(0)
+
+
+def min_norm_weights(gradients, c_max, steps=20000):
+    """min || sum a_m g_m ||, sum a = 1, 0 <= a <= C by pairwise exchange of mass (SMO)."""
+    m = len(gradients)
+    gram = [[float((a * b).sum()) for b in gradients] for a in gradients]
+    a = [1 / m] * m
+    for _ in range(steps):
+        slope = [sum(gram[i][j] * a[j] for j in range(m)) for i in range(m)]
+        up = [i for i in range(m) if a[i] < c_max - 1e-15]
+        down = [i for i in range(m) if a[i] > 1e-15]
+        if not up or not down:
+            break
+        i, j = min(up, key=lambda k: slope[k]), max(down, key=lambda k: slope[k])
+        curve = gram[i][i] + gram[j][j] - 2 * gram[i][j]
+        if slope[j] - slope[i] < 1e-14 or curve <= 0:
+            break
+        step = min((slope[j] - slope[i]) / curve, c_max - a[i], a[j])
+        a[i], a[j] = a[i] + step, a[j] - step
+    return a
+
+
+def mmd(source, target):
+    """Biased MMD^2 with exp(-d^2 / median d^2); Gretton et al. 2012, equation 5."""
+    both = [*source, *target]
+    squared = [float((a - b).pow(2).sum()) for a in both for b in both]
+    width = sorted(squared)[(len(squared) - 1) // 2]
+
+    def mean(xs, ys):
+        return sum(math.exp(-float((x - y).pow(2).sum()) / width) for x in xs for y in ys) / (
+            len(xs) * len(ys)
+        )
+
+    return mean(source, source) + mean(target, target) - 2 * mean(source, target)
+
+
+def jensen_shannon(p, q):
+    """(KL(p || m) + KL(q || m)) / 2, m the mean; Lin 1991."""
+    total = 0.0
+    for a, b in zip(p.tolist(), q.tolist(), strict=True):
+        m = (a + b) / 2
+        total += (a * math.log(a / m) if a else 0.0) + (b * math.log(b / m) if b else 0.0)
+    return total / 2
+
+
+def renyi(p, q, alpha):
+    """log sum p^a q^(1 - a) / (a - 1); Renyi 1961."""
+    pairs = zip(p.tolist(), q.tolist(), strict=True)
+    return math.log(sum(a**alpha * b ** (1 - alpha) for a, b in pairs)) / (alpha - 1)
+
+
+def self_paced_weight(student, expert, threshold):
+    """1 below b A_m, then falling to 0 at A_m; Xiang et al. 2020 (LFME), equation 5."""
+    if student < threshold * expert:
+        return 1.0
+    return max(0.0, (expert - student) / (expert * (1 - threshold))) if expert else 0.0

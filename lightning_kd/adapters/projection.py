@@ -5,14 +5,17 @@ from torch import Size, Tensor, nn
 
 
 class Projection(nn.Module):
-    """Learned map from a student's feature shape to a teacher's.
+    """Learned map from one network's feature shape to another's.
 
     Feature maps are resized (average pooling down, bilinear up), then pass a 1x1 convolution and
-    BatchNorm; flat features (B, D) and token sequences (B, N, D) pass a linear layer.
+    BatchNorm; flat features (B, D) and token sequences (B, N, D) pass a linear layer. With
+    ``depth`` the map is non-linear: that many 3x3 convolutions, BatchNorm and ReLU between them
+    (linear layers and ReLU where there are no positions).
 
     Args:
-        student: Shape of the student's features, batch first.
-        teacher: Shape of the teacher's features, batch first.
+        source: Shape of the features to map, batch first; usually the student's.
+        target: Shape to map to, batch first; usually a teacher's.
+        depth: 0 for the linear map, else the number of layers of a non-linear one.
 
     Raises:
         ValueError: If the two cannot be mapped to each other.
@@ -20,32 +23,41 @@ class Projection(nn.Module):
     Source:
         Romero et al. (FitNets), https://arxiv.org/abs/1412.6550, section 2.2. Differs from the
         paper: resizing instead of unpadded convolutions, so that any two resolutions fit; no
-        ReLU, so that features from before an activation can be matched too.
+        ReLU, so that features from before an activation can be matched too. With ``depth``: Park &
+        Kwak (FEED), https://arxiv.org/abs/1909.10754, section 3.
     """
 
-    def __init__(self, student: Size, teacher: Size) -> None:
+    def __init__(self, source: Size, target: Size, depth: int = 0) -> None:
         super().__init__()
         self.size: tuple[int, int] | None = None
-        self.map: nn.Module
-        if len(student) != len(teacher) or len(student) not in (2, 3, 4):
+        if len(source) != len(target) or len(source) not in (2, 3, 4):
             raise ValueError(
                 f"Expected two feature tensors of the same kind, (B, D), (B, N, D) or "
-                f"(B, C, H, W), got {tuple(student)} and {tuple(teacher)}: choose other layers."
+                f"(B, C, H, W), got {tuple(source)} and {tuple(target)}: choose other layers."
             )
-        if len(student) == 4:
-            self.size = (teacher[2], teacher[3])
-            self.map = nn.Sequential(
-                nn.Conv2d(student[1], teacher[1], 1, bias=False), nn.BatchNorm2d(teacher[1])
+        maps = len(source) == 4
+        if maps:
+            self.size = (target[2], target[3])
+        elif source[1:-1] != target[1:-1]:
+            raise ValueError(
+                f"Expected sequences of one length, got {source[1]} and {target[1]} tokens."
             )
-        else:
-            if student[1:-1] != teacher[1:-1]:
-                raise ValueError(
-                    f"Expected sequences of one length, got {student[1]} and {teacher[1]} tokens."
-                )
-            self.map = nn.Linear(student[-1], teacher[-1])
+        width, wanted = (source[1], target[1]) if maps else (source[-1], target[-1])
+        layers: list[nn.Module] = []
+        for index in range(depth or 1):
+            inputs = wanted if index else width
+            if index:
+                layers += [nn.BatchNorm2d(wanted), nn.ReLU()] if maps else [nn.ReLU()]
+            if not maps:
+                layers.append(nn.Linear(inputs, wanted))
+            elif depth:
+                layers.append(nn.Conv2d(inputs, wanted, 3, padding=1, bias=index == depth - 1))
+            else:
+                layers += [nn.Conv2d(inputs, wanted, 1, bias=False), nn.BatchNorm2d(wanted)]
+        self.map: nn.Module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map student features, shape (B, ...), to the teacher's shape."""
+        """Map features, shape (B, ...), to the target's shape."""
         if self.size is not None and tuple(features.shape[2:]) != self.size:
             if features.shape[2] >= self.size[0] and features.shape[3] >= self.size[1]:
                 features = F.adaptive_avg_pool2d(features, self.size)

@@ -13,6 +13,17 @@ def _per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
+def labelled(target: Tensor) -> Tensor:
+    """Whether a sample has a label, shape (B,), for labels (B, ...) of which -1 is none."""
+    return (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
+
+
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) from log-probabilities, summed over dim 1; where p is 0 nothing is added."""
+    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)  # 0 log 0 is 0, not NaN
+    return (log_p.exp() * log_ratio).sum(1)
+
+
 @full_precision
 def kl_divergence(
     student: Tensor,
@@ -54,9 +65,7 @@ def kl_divergence(
     check_positive(teacher_temperature, "teacher_temperature")
     log_q = F.log_softmax(student / student_temperature, dim=1)
     log_p = F.log_softmax(teacher / teacher_temperature, dim=1)
-    # a class that the teacher rules out (-inf) adds 0 log 0 = 0, not NaN
-    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
-    return _per_sample((log_p.exp() * log_ratio).sum(1))
+    return _per_sample(divergence(log_q, log_p))
 
 
 @full_precision

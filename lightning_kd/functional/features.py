@@ -76,9 +76,90 @@ def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
         Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, equation 2. Differs from the
         paper: mean of squares as in the authors' code instead of half the norm.
     """
+    student, teacher = same_resolution(student, teacher)
+    return (attention_map(student) - attention_map(teacher)).square().mean(1)
+
+
+@full_precision
+def unit_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""L1 distance of two feature tensors of unit length, per sample.
+
+    .. math:: \Big\| \frac{s}{\|s\|_2} - \frac{t}{\|t\|_2} \Big\|_1
+
+    Args:
+        student: Features already adapted to the teacher's shape, (B, ...).
+        teacher: Features, the same shape; detach them.
+
+    Returns:
+        Distance, shape (B,), summed over all elements of a sample: of unit vectors with many
+        elements a mean would all but vanish.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Source:
+        Park & Kwak 2019 (FEED), https://arxiv.org/abs/1909.10754, equation 1.
+    """
+    check_same_shape(student, teacher, "features")
+    units = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
+    return units.abs().sum(1)
+
+
+@full_precision
+def selectivity_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared maximum mean discrepancy between the two sets of channels, per sample.
+
+    .. math:: \frac{1}{C_S^2} \sum (s_i^\top s_j)^2 + \frac{1}{C_T^2} \sum (t_i^\top t_j)^2
+        - \frac{2}{C_S C_T} \sum (s_i^\top t_j)^2
+
+    with each channel's map scaled to unit length. Widths may differ; the larger map is
+    average-pooled to the smaller one's size first.
+
+    Args:
+        student: Features, shape (B, C_s, H_s, W_s).
+        teacher: Features, shape (B, C_t, H_t, W_t); detach them.
+
+    Returns:
+        Discrepancy, shape (B,).
+
+    Raises:
+        ValueError: If features are not maps.
+
+    Source:
+        Huang & Wang 2017 (NST), https://arxiv.org/abs/1707.01219, equation 7 with the polynomial
+        kernel of degree 2.
+    """
+    student, teacher = same_resolution(student, teacher)
+    s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.mT).square().mean((1, 2))
+
+    return kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
+
+
+def same_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool two feature maps (B, C, H, W) to the smaller height and width of both.
+
+    Raises:
+        ValueError: If one is not a feature map.
+    """
+    for features in (student, teacher):
+        if features.dim() != 4:
+            raise ValueError(
+                f"Expected feature maps of shape (B, C, H, W), got {tuple(features.shape)}: "
+                f"choose convolutional layers."
+            )
     if student.shape[2:] != teacher.shape[2:]:
         (h, w), (u, v) = student.shape[2:], teacher.shape[2:]
         size = (min(h, u), min(w, v))
         student = F.adaptive_avg_pool2d(student, size)
         teacher = F.adaptive_avg_pool2d(teacher, size)
-    return (attention_map(student) - attention_map(teacher)).square().mean(1)
+    return student, teacher
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Mean over positions: maps (B, C, H, W) and token sequences (B, N, C) become (B, C)."""
+    if features.dim() == 4:
+        return features.mean((2, 3))
+    return features.mean(1) if features.dim() == 3 else features

@@ -2,6 +2,7 @@
 
 from lightning_kd.models.normalized import Normalized
 from lightning_kd.models.pretrained import pretrained
+from lightning_kd.models.resized import Resized
 from lightning_kd.models.resnet import (
     CifarResNet,
     resnet8,
@@ -17,6 +18,7 @@ from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
 __all__ = [
     "CifarResNet",
     "Normalized",
+    "Resized",
     "WideResNet",
     "pretrained",
     "resnet8",

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.adapters import Tap
@@ -20,13 +21,40 @@ class Teacher(nn.Module):
 
     Args:
         network: Any classifier; it is put in eval mode and its parameters are frozen.
+        classes: Which classes its outputs stand for, in their order, if it does not know all of
+            them; for the others its logits are minus infinity. Distil such teachers with
+            ``lightning_kd.losses.SubsetTarget``.
+        num_classes: How many classes there are in all; needed with ``classes``, where the command
+            line fills it in.
+
+    Raises:
+        ValueError: If ``classes`` are not distinct numbers from 0 to ``num_classes`` - 1.
     """
 
     _given: tuple[nn.Module]  # a tuple, because nn.Module would register a plain attribute
 
-    def __init__(self, network: nn.Module) -> None:
+    classes: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: list[int] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
+        if classes is not None and (
+            num_classes is None
+            or len(set(classes)) < len(classes)
+            or not all(0 <= c < num_classes for c in classes)
+        ):
+            raise ValueError(
+                f"Expected distinct classes from 0 to num_classes - 1, got {classes} and "
+                f"num_classes {num_classes}."
+            )
         self._given = (network.eval().requires_grad_(False),)
+        self.num_classes = num_classes
+        places = None if classes is None else torch.tensor(classes)
+        self.register_buffer("classes", places, persistent=False)
         self._tap = Tap(network)
 
     @property
@@ -47,7 +75,17 @@ class Teacher(nn.Module):
         """Answer for images, shape (B, C, H, W)."""
         if self.network.training:  # somebody holds the network and called train() on it
             self.network.eval()
-        return self._tap(x)
+        said = self._tap(x)
+        if self.classes is None:
+            return said
+        if said.logits.shape[1] != len(self.classes):
+            raise ValueError(
+                f"Expected a teacher of {len(self.classes)} outputs, one for each of its classes, "
+                f"got {said.logits.shape[1]}."
+            )
+        shape = (len(x), self.num_classes, *said.logits.shape[2:])
+        everywhere = said.logits.new_full(shape, -torch.inf)
+        return Knowledge(everywhere.index_copy(1, self.classes, said.logits), said.features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """Move the network along with the module that holds this teacher."""

@@ -10,6 +10,14 @@ from lightning_kd.knowledge import Knowledge
 from lightning_kd.weighting.base import Weighting
 
 
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless all are >= 0 and finite, and one is positive."""
+    if not weights or min(weights) < 0 or not 0 < math.fsum(weights) < math.inf:
+        raise ValueError(
+            f"Expected weights >= 0, one for each teacher and not all 0, got {list(weights)}."
+        )
+
+
 class Fixed(Weighting):
     """Weights that the user gives; a teacher of weight 0 is never run.
 
@@ -25,10 +33,7 @@ class Fixed(Weighting):
 
     def __init__(self, weights: list[float], space: str = "probability") -> None:
         super().__init__(space)
-        if not weights or min(weights) < 0 or not 0 < math.fsum(weights) < math.inf:
-            raise ValueError(
-                f"Expected weights >= 0, one for each teacher and not all 0, got {weights}."
-            )
+        check_weights(weights)
         self.given = list(weights)
         positive = torch.tensor([w for w in weights if w > 0], dtype=torch.float64)
         self.register_buffer("weights", (positive / positive.sum()).float(), persistent=False)

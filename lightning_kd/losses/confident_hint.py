@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.adapters import find_layer
+from lightning_kd.functional import confidence_weights, hint_distance, pooled
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.hint import Hint
+
+
+class ConfidentHint(Hint):
+    """Match the teachers' last features, and trust a teacher by what it makes of the student's.
+
+    The student's feature, projected to a teacher's shape, is pushed through that teacher's own
+    classifier; the lower the cross-entropy, the more that teacher's feature counts for the sample.
+    The module's weighting is not used.
+
+    Args:
+        student_layer: Dotted name of the student's last feature layer.
+        teacher_layer: Dotted name of the teachers' layer before the classifier; a list gives one
+            name for each teacher. Maps are averaged over positions before they are classified.
+        teacher_classifier: Dotted name of the teachers' classifier; a list gives one for each.
+        weight: Multiplier of this term in the total loss; 50 is the paper's.
+
+    Source:
+        Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equations 4 to 6.
+    """
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str | list[str],
+        teacher_classifier: str | list[str],
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(student_layer, teacher_layer, weight=weight)
+        self.teacher_classifier = teacher_classifier
+        self._classifiers: tuple[nn.Module, ...] = ()  # a tuple: teachers are not registered
+
+    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """Find each teacher's classifier."""
+        names = self.teacher_classifier
+        if isinstance(names, str):
+            names = [names] * len(teachers)
+        if len(names) != len(teachers):
+            raise ValueError(
+                f"Expected one teacher_classifier for each of {len(teachers)} teachers, got "
+                f"{len(names)}."
+            )
+        found = (find_layer(teacher, name) for teacher, name in zip(teachers, names, strict=True))
+        self._classifiers = tuple(found)
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        feature = self.student_feature(student)
+        distances, logits = [], []
+        for m, teacher in zip(teachers.indices, teachers.members, strict=True):
+            adapted = self.projections[m](feature)
+            distances.append(hint_distance(adapted, self.teacher_feature(m, teacher), self.power))
+            with torch.no_grad():
+                logits.append(self._classifiers[m](pooled(adapted)))
+        if target is None:
+            target = torch.full((len(feature),), -1, device=feature.device)
+        weights = confidence_weights(torch.stack(logits), target)
+        return (weights * torch.stack(distances)).sum(0).mean()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_kd.functional import decoupled_kl
+from lightning_kd.functional.checks import check_positive
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import DistillationLoss
+
+
+class DecoupledKL(DistillationLoss):
+    r"""Decoupled distillation (DKD): the target class and the other classes weigh separately.
+
+    .. math:: \tau^2 (\alpha\, TCKD + \beta\, NCKD)
+
+    Several teachers are first averaged into one answer.
+
+    Args:
+        temperature: Softening of both sides, > 0.
+        target_weight: Alpha, of "target class against the rest".
+        other_weight: Beta, of "the rest among themselves"; 8 is the paper's, 1 to 10 are usual.
+        weight: Multiplier of this term in the total loss.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    Source:
+        Zhao et al. 2022, https://arxiv.org/abs/2203.08679, equation 7. Differs from the paper:
+        where a sample has no label, the teachers' most likely class stands in; the paper ramps the
+        weight up over 20 epochs, for which there is ``LossWeightScheduler``.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        target_weight: float = 1.0,
+        other_weight: float = 8.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        check_positive(temperature, "temperature")
+        self.temperature = temperature
+        self.target_weight, self.other_weight = target_weight, other_weight
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        # log-probabilities at temperature T, times T, are logits that give them back at T
+        answer = teachers.log_probabilities(self.temperature) * self.temperature
+        if target is None:
+            target = answer.argmax(1)
+        values = decoupled_kl(
+            student.logits,
+            answer,
+            target,
+            self.temperature,
+            self.target_weight,
+            self.other_weight,
+        )
+        return values.mean() * self.temperature**2

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import (
+    labelled,
+    log_euclidean_distance,
+    similarity_distance,
+    simplex_projection,
+    task_cross_entropy,
+)
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import LayerLoss
+
+Metric = Literal["similarity_preserving", "log_euclidean"]
+
+
+class GramLoss(LayerLoss):
+    """Let the student find the same samples of a batch similar as its teachers do.
+
+    Needs no adapter, whatever the shapes. Works on a rank's own batch.
+
+    Args:
+        student_layer: Dotted name of a student layer.
+        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        metric: ``"similarity_preserving"`` (row-normalised Gram matrices; a weight of 3000 is
+            usual) or ``"log_euclidean"`` (matrix logarithms of cosine similarities).
+        epsilon: Added to the diagonal before the logarithm.
+        learn_weights: Learn how far each teacher is trusted, instead of the module's weighting:
+            up for a teacher whose gradient agrees with that of the labelled samples.
+        learning_rate: Of those weights; they stay >= 0 and sum to 1.
+        weight: Multiplier of this term in the total loss.
+
+    Raises:
+        ValueError: If the metric is unknown.
+
+    Source:
+        Tung & Mori 2019, https://arxiv.org/abs/1907.09682; Wu et al. 2019, "Distilled Person
+        Re-Identification", CVPR, equations 5 to 8. Differs from the paper: gradients are compared
+        at the layer instead of after a virtual step of all weights, by their cosine.
+    """
+
+    trust: Tensor
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str | list[str],
+        metric: Metric = "similarity_preserving",
+        epsilon: float = 1e-3,
+        learn_weights: bool = False,
+        learning_rate: float = 0.01,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(student_layer, teacher_layer, weight)
+        if metric not in ("similarity_preserving", "log_euclidean"):
+            raise ValueError(
+                f'Expected metric "similarity_preserving" or "log_euclidean", got {metric!r}.'
+            )
+        self.metric, self.epsilon = metric, epsilon
+        self.learn_weights, self.learning_rate = learn_weights, learning_rate
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """Start from equal trust."""
+        if self.learn_weights and not hasattr(self, "trust"):
+            count = len(teachers)
+            self.register_buffer("trust", torch.full((count,), 1 / count))
+
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        """Of the whole batch, a scalar."""
+        if self.metric == "log_euclidean":
+            return log_euclidean_distance(student, teacher, self.epsilon)
+        return similarity_distance(student, teacher)
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        if not self.learn_weights:
+            return super().forward(student, teachers, target)
+        feature = self.student_feature(student)
+        values = [
+            self.compare(feature, self.teacher_feature(m, teacher), m)
+            for m, teacher in zip(teachers.indices, teachers.members, strict=True)
+        ]
+        if target is not None and feature.requires_grad:
+            self._learn(student, feature, values, teachers.indices, target)
+        trust = self.trust[list(teachers.indices)]
+        trust = trust / trust.sum().clamp(min=1e-12)
+        return dataclasses.replace(teachers, weights=trust).average(values)
+
+    def _learn(
+        self,
+        student: Knowledge,
+        feature: Tensor,
+        values: Sequence[Tensor],
+        indices: Sequence[int],
+        target: Tensor,
+    ) -> None:
+        known = labelled(target).sum().clamp(min=1)
+        task = task_cross_entropy(student.logits, target).sum() / known
+        (wanted,) = torch.autograd.grad(task, feature, retain_graph=True, allow_unused=True)
+        if wanted is None:
+            raise ValueError(
+                f"Expected the student's logits to depend on {self.student_layer!r}, they do not: "
+                f"choose another layer, or learn_weights=False."
+            )
+        offered = [
+            torch.autograd.grad(value, feature, retain_graph=True)[0].flatten() for value in values
+        ]
+        agreement = torch.cosine_similarity(wanted.flatten()[None], torch.stack(offered))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(agreement)
+            agreement = agreement / torch.distributed.get_world_size()
+        step = torch.zeros_like(self.trust)
+        step[list(indices)] = agreement.to(step)
+        self.trust.copy_(simplex_projection(self.trust + self.learning_rate * step))

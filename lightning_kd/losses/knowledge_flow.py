@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.adapters import Projection, find_layer
+from lightning_kd.functional.precision import full_precision
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import LayerLoss
+
+
+class KnowledgeFlow(LayerLoss):
+    r"""Let teachers' features flow into the student while it trains, and wean it from them.
+
+    While training, the student's layer outputs :math:`w_0 x_S + \sum_m w_m Q_m(x_m)` with learned
+    projections Q and w a softmax of learned scores. The loss is the dependency
+    :math:`-\log w_0`: raise its weight during training (``LossWeightScheduler`` on
+    ``losses.knowledge_flow``), so that the student stands alone at the end. In validation, test and
+    export it always does. One instance a layer.
+
+    Args:
+        student_layer: Dotted name of the student layer that teachers flow into.
+        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        weight: Multiplier of this term in the total loss.
+
+    Source:
+        Liu et al. 2019, https://openreview.net/forum?id=BJeOioA9Y7, equations 1 and 2. Differs from
+        the paper: one teacher layer for each student layer, and no term that keeps the student near
+        its answer of before, which needs the weights of an earlier step.
+    """
+
+    def __init__(
+        self, student_layer: str, teacher_layer: str | list[str], weight: float = 0.1
+    ) -> None:
+        super().__init__(student_layer, teacher_layer, weight)
+        self.projections = nn.ModuleList()
+        self._flow: tuple[Sequence[Knowledge], Sequence[int]] | None = None
+
+    @property
+    def independence(self) -> Tensor:
+        """Share of the student's own feature in what its layer says, in (0, 1)."""
+        return self.scores.softmax(0)[0]
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """Make a projection from each teacher, and the scores."""
+        if not self.projections:
+            shape = self.student_feature(student).shape
+            for m, teacher in enumerate(teachers):
+                self.projections.append(Projection(self.teacher_feature(m, teacher).shape, shape))
+            self.scores = nn.Parameter(torch.zeros(1 + len(teachers)))
+
+    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """Hook the student's layer."""
+        find_layer(student, self.student_layer).register_forward_hook(_Inflow(self))
+
+    def before(self, teachers: Sequence[Knowledge], indices: Sequence[int]) -> None:
+        """Let these teachers flow into the next forward pass."""
+        self._flow = (teachers, indices)
+
+    def mix(self, own: Tensor) -> Tensor:
+        """Student's feature with the teachers' mixed in, the shape of ``own``."""
+        assert self._flow is not None
+        members, indices = self._flow
+        shares = _shares(self.scores, indices)
+        mixed = shares[0].to(own.dtype) * own
+        for share, m, teacher in zip(shares[1:], indices, members, strict=True):
+            mixed = mixed + share.to(own.dtype) * self.projections[m](
+                self.teacher_feature(m, teacher)
+            )
+        return mixed
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Dependency on the teachers, a scalar >= 0."""
+        self._flow = None
+        return -_shares(self.scores, teachers.indices)[0].log()
+
+
+@full_precision
+def _shares(scores: Tensor, indices: Sequence[int]) -> Tensor:
+    """Softmax over the student and the teachers that ran, the student first."""
+    return scores[[0, *(1 + m for m in indices)]].softmax(0)
+
+
+class _Inflow:
+    """A forward hook that changes the student's feature only between ``before`` and ``forward``."""
+
+    def __init__(self, flow: KnowledgeFlow) -> None:
+        self.flow = flow
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        return None if self.flow._flow is None else self.flow.mix(output)
+
+    def __deepcopy__(self, memo: Any) -> _Inflow:
+        """A copy of the student (for an export) has no teachers to listen to."""
+        return _Inflow(_Nothing())  # type: ignore[arg-type]
+
+
+class _Nothing:
+    _flow = None

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from lightning_kd.functional import standardize
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.soft_target import SoftTarget
+
+
+class LogitStandardization(SoftTarget):
+    """Soft targets of z-scored logits: the student matches relations, not the teachers' scale.
+
+    Each teacher is standardised before teachers are averaged, which also makes teachers of
+    different logit scale comparable.
+
+    Args:
+        temperature: Softening of both sides, in standard deviations, > 0.
+        temperature_squared: Multiply by the temperature squared.
+        weight: Multiplier of this term in the total loss; 9 is usual.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    Source:
+        Sun et al. 2024, https://arxiv.org/abs/2403.01427, algorithm 1.
+    """
+
+    def __init__(
+        self, temperature: float = 2.0, temperature_squared: bool = True, weight: float = 9.0
+    ) -> None:
+        super().__init__(temperature, temperature_squared=temperature_squared, weight=weight)
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        members = [Knowledge(standardize(member.logits)) for member in teachers.members]
+        return super().forward(
+            Knowledge(standardize(student.logits)),
+            dataclasses.replace(teachers, members=members),
+            target,
+        )

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.functional import kl_divergence, pooled
+from lightning_kd.functional.precision import full_precision
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.losses.base import LayerLoss
+
+
+class _Reverse(torch.autograd.Function):
+    """Identity whose gradient changes sign: one step trains both sides of a game."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        reversed_: Tensor = -grads[0]
+        return reversed_
+
+
+class MEAL(LayerLoss):
+    r"""Adversarial learning of several teachers' features: a discriminator for each teacher.
+
+    .. math:: \gamma\, CE(\mathrm{softmax}\, x_m, \mathrm{softmax}\, x_S) + \eta\, BCE(D_m)
+
+    Features are averaged over positions, the student's mapped to the teacher's width. The
+    discriminator learns to tell them apart; through a gradient reversal the student learns to be
+    taken for the teacher in the same step, so that automatic optimization does. One instance a
+    level. The paper asks one random teacher each batch: use the weighting ``Switching``.
+
+    Args:
+        student_layer: Dotted name of a student layer.
+        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        similarity_weight: Gamma, of the divergence of the softmaxed features; as a KL divergence,
+            whose gradient is the cross-entropy's and whose least value is 0.
+        adversarial_weight: Eta, of the discriminator's binary cross-entropy.
+        weight: Multiplier of this term in the total loss.
+
+    Source:
+        Shen et al. 2019, https://arxiv.org/abs/1812.02425, equations 4 to 8. Differs from the
+        authors' code: there the reversal is off by default, so that the student is pushed away.
+    """
+
+    def __init__(
+        self,
+        student_layer: str,
+        teacher_layer: str | list[str],
+        similarity_weight: float = 1.0,
+        adversarial_weight: float = 1.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(student_layer, teacher_layer, weight)
+        self.similarity_weight = similarity_weight
+        self.adversarial_weight = adversarial_weight
+        self.projections = nn.ModuleList()
+        self.discriminators = nn.ModuleList()
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """Make a projection and a discriminator for each teacher."""
+        if self.discriminators:
+            return
+        mine = pooled(self.student_feature(student)).shape[1]
+        for m, teacher in enumerate(teachers):
+            width = pooled(self.teacher_feature(m, teacher)).shape[1]
+            self.projections.append(nn.Linear(mine, width))
+            self.discriminators.append(
+                nn.Sequential(
+                    nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+                    nn.Linear(128, 1),
+                )
+            )  # fmt: skip
+
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        """Per sample, shape (B,)."""
+        mapped, theirs = self.projections[index](pooled(student)), pooled(teacher)
+        fake = self.discriminators[index](_Reverse.apply(mapped))
+        real = self.discriminators[index](theirs)
+        similarity = kl_divergence(mapped, theirs)
+        return self.similarity_weight * similarity + self.adversarial_weight * _told_apart(
+            real, fake
+        )
+
+
+@full_precision
+def _told_apart(real: Tensor, fake: Tensor) -> Tensor:
+    """Binary cross-entropy of a discriminator's two answers (B, 1), per sample."""
+    return (F.softplus(-real) + F.softplus(fake))[:, 0] / 2

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import confidence_weights, entropy_weights
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class Confidence(Weighting):
+    r"""Trust a teacher on a sample by its cross-entropy with the label.
+
+    .. math:: w_m = \frac{1}{M - 1} \Big(1 - \frac{e^{CE_m}}{\sum_j e^{CE_j}}\Big)
+
+    Samples without a label, and all samples when the ensemble is measured (an answer that was
+    weighed by the right one would be no measurement), are weighed as by ``Entropy``. No teacher
+    gets more than 1 / (M - 1): with two teachers one may get all, with three no more than half.
+
+    Args:
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Source:
+        Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equation 1. Its feature term
+        is ``lightning_kd.losses.ConfidentHint``.
+    """
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+    ) -> Tensor:
+        """Weights of each sample, shape (M, B)."""
+        logits = torch.stack([teacher.logits for teacher in teachers])
+        return entropy_weights(logits) if target is None else confidence_weights(logits, target)

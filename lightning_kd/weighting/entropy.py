@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import entropy_weights
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class Entropy(Weighting):
+    r"""Trust a teacher on a sample by how sure it is; needs no labels.
+
+    .. math:: w_m = \frac{1}{M - 1} \Big(1 - \frac{H_m}{\sum_j H_j}\Big)
+
+    A teacher that is sure and wrong is trusted; ``Confidence`` sees through it where there are
+    labels.
+
+    Args:
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Source:
+        Kwon et al. 2020 (EBKD), "Adaptive knowledge distillation based on entropy", ICASSP.
+    """
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+    ) -> Tensor:
+        """Weights of each sample, shape (M, B)."""
+        return entropy_weights(torch.stack([teacher.logits for teacher in teachers]))

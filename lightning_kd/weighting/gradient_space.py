@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import min_norm_weights
+from lightning_kd.functional.checks import check_positive
+from lightning_kd.functional.trust import MOST_GRADIENTS
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class GradientSpace(Weighting):
+    r"""Move the student where no teacher disagrees: the least-norm mixture of their gradients.
+
+    .. math:: \min_a \Big\| \sum_m a_m g_m \Big\|, \quad \sum_m a_m = 1, \quad 0 \le a_m \le C,
+        \quad g_m = \tau\, \overline{(p_S^T - p_m^T)}
+
+    The gradients of the soft-target losses with respect to the student's logits are known in closed
+    form, so there is no backward pass for them, and the small problem is solved exactly on the
+    device. Averages are those of the global batch.
+
+    Args:
+        c_max: Largest weight, in [1 / M, 1]. Below 1 it bounds the pull of outliers.
+        temperature: Of the soft-target loss.
+        normalize: Compare directions: gradients are scaled to unit length first.
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Raises:
+        ValueError: If ``c_max`` is not positive, or a module has more than 8 teachers.
+
+    Source:
+        Du et al. 2020 (AEKD), "Agree to Disagree: Adaptive Ensemble Knowledge Distillation in
+        Gradient Space", NeurIPS, equations 5 to 7.
+    """
+
+    def __init__(
+        self,
+        c_max: float = 0.6,
+        temperature: float = 4.0,
+        normalize: bool = False,
+        space: str = "probability",
+    ) -> None:
+        super().__init__(space)
+        check_positive(temperature, "temperature")
+        check_positive(c_max, "c_max")
+        self.c_max, self.temperature, self.normalize = c_max, temperature, normalize
+
+    def active(self, num_teachers: int) -> Sequence[int]:
+        """All teachers.
+
+        Raises:
+            ValueError: If there are too many, or the largest weight is too small for so few.
+        """
+        if num_teachers > MOST_GRADIENTS or self.c_max * num_teachers < 1:
+            raise ValueError(
+                f"Expected at most {MOST_GRADIENTS} teachers and c_max >= 1 / M, got "
+                f"{num_teachers} teachers and c_max {self.c_max}."
+            )
+        return range(num_teachers)
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+    ) -> Tensor:
+        """Weights of this batch, shape (M,)."""
+        t = self.temperature
+        with torch.no_grad():
+            mine = (student.logits.float() / t).softmax(1)
+            theirs = torch.stack([(m.logits.float() / t).softmax(1) for m in teachers])
+            gradients = t * (mine - theirs).transpose(1, 2).flatten(2).mean(2)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(gradients)
+                gradients = gradients / torch.distributed.get_world_size()
+            lengths = gradients.norm(dim=1).clamp(min=1e-12)
+            if self.normalize:
+                gradients = gradients / lengths[:, None]
+            weights = min_norm_weights(gradients, min(self.c_max, 1.0))
+            if self.normalize:
+                weights = weights / lengths
+                weights = weights / weights.sum()
+            return weights

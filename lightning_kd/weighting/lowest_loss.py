@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import lowest_loss_weights
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+
+
+class LowestLoss(Weighting):
+    """Listen to one teacher on each sample: the one of the lowest cross-entropy with the label.
+
+    Without a label (and always when the ensemble is measured) it is the one of the lowest entropy.
+    For feature losses this chooses one teacher's feature map for each sample.
+
+    Args:
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Source:
+        Shen et al. 2019, "Customizing Student Networks From Heterogeneous Teachers", ICCV (lowest
+        entropy); Guo et al. 2020 (KDCL naive), CVPR.
+    """
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+    ) -> Tensor:
+        """1 for the chosen teacher of each sample, else 0, shape (M, B)."""
+        return lowest_loss_weights(torch.stack([t.logits for t in teachers]), target)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.fixed import check_weights
+
+
+class Switching(Weighting):
+    """One teacher for each batch, drawn at random; the others are not run.
+
+    In expectation the gradient is that of the average, at the cost of one teacher. All ranks draw
+    the same teacher, and a resumed run goes on with the same sequence. When the ensemble is
+    measured, every teacher counts with its probability.
+
+    Args:
+        probabilities: One number >= 0 for each teacher, scaled to sum to 1; ``null``: all equal.
+        seed: Of the sequence of teachers.
+        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+
+    Raises:
+        ValueError: If a probability is negative or not finite, or none is positive.
+
+    Source:
+        Fukuda et al. 2017, "Efficient Knowledge Distillation from an Ensemble of Teachers",
+        Interspeech, section 3.1.
+    """
+
+    def __init__(
+        self,
+        probabilities: list[float] | None = None,
+        seed: int = 0,
+        space: str = "probability",
+    ) -> None:
+        super().__init__(space)
+        if probabilities is not None:
+            check_weights(probabilities)
+        self.probabilities, self.seed = probabilities, seed
+        self.draws = 0
+
+    def active(self, num_teachers: int) -> Sequence[int]:
+        """The drawn teacher; all of them when the ensemble is measured.
+
+        Raises:
+            ValueError: If the number of probabilities is not that of the teachers.
+        """
+        given = self.probabilities or [1.0] * num_teachers
+        if len(given) != num_teachers:
+            raise ValueError(
+                f"Expected one probability for each of {num_teachers} teachers, got {len(given)}."
+            )
+        if not self.training:
+            return range(num_teachers)
+        draw = random.Random(f"{self.seed}-{self.draws}")  # a generator of its own: ranks agree
+        self.draws += 1
+        return draw.choices(range(num_teachers), given)
+
+    def forward(
+        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+    ) -> Tensor:
+        """1 for the drawn teacher, shape (1,); else the probabilities, shape (M,)."""
+        count = len(teachers)
+        given = self.probabilities if self.probabilities and count > 1 else [1.0] * count
+        weights = torch.tensor(given, device=teachers[0].logits.device)
+        return weights / weights.sum()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Number of draws so far, for the checkpoint."""
+        return {"draws": self.draws}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on after that many draws."""
+        self.draws = state["draws"]
