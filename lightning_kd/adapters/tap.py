@@ -85,26 +85,26 @@ class Tap:
         Raises:
             RuntimeError: If a tapped layer did not run, or its output was changed in place.
         """
-        self._store.clear()  # nothing of an earlier batch may survive
         for record in self._records:
             record.on = True
         try:
             output = self.network(x)
-        finally:
+            return Knowledge.of(output, {layer: self._recorded(layer) for layer in self.layers})
+        finally:  # nothing of this batch may survive
+            self._store.clear()
             for record in self._records:
                 record.on = False
-        features = {}
-        for layer in self.layers:
-            if layer not in self._store:
-                raise RuntimeError(f"Layer {layer!r} did not run in this forward pass.")
-            features[layer], version = self._store[layer]
-            if version >= 0 and features[layer]._version != version:
-                raise RuntimeError(
-                    f"The output of layer {layer!r} was changed in place by the layer behind it "
-                    f"(an in-place ReLU, most often): name that layer instead."
-                )
-        self._store.clear()
-        return Knowledge.of(output, features)
+
+    def _recorded(self, layer: str) -> Tensor:
+        if layer not in self._store:
+            raise RuntimeError(f"Layer {layer!r} did not run in this forward pass.")
+        feature, version = self._store[layer]
+        if version >= 0 and feature._version != version:
+            raise RuntimeError(
+                f"The output of layer {layer!r} was changed in place by the layer behind it "
+                f"(an in-place ReLU, most often): name that layer instead."
+            )
+        return feature
 
     def remove(self) -> None:
         """Take the hooks off the network."""

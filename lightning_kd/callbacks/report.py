@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import statistics
 import time
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.callbacks.plot import plot_report
 from lightning_kd.modules import Distiller
 from lightning_kd.teachers import Teacher
 
@@ -114,9 +116,9 @@ class DistillationReport(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
-        # Lightning keeps the values of the last validation, which may be of an earlier epoch
-        fresh = (k for k in trainer.callback_metrics if self._validated or k.startswith("train/"))
-        row = {k: float(trainer.callback_metrics[k]) for k in fresh}
+        row = _row(trainer)
+        if not self._validated:  # then Lightning still has the values of an earlier epoch
+            row = {k: v for k, v in row.items() if not k.startswith("val/")}
         self.history.append({"epoch": float(trainer.current_epoch), **row})
 
     def _pause(self) -> None:
@@ -159,7 +161,7 @@ class DistillationReport(Callback):
             return
         path = folder / "report.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
-        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        row = _row(trainer)
         for key, value in (
             ("epoch", None),
             ("seconds", None),
@@ -208,8 +210,14 @@ class DistillationReport(Callback):
         write_atomically(path, json.dumps(report, indent=2).encode() + b"\n")
         rank_zero_info(summary(report))
         rank_zero_info(f"report:  {path}")
-        if self.plot and report["history"] and _plot(report, path.with_suffix(".png")):
+        if self.plot and report["history"] and plot_report(report, path.with_suffix(".png")):
             rank_zero_info(f"plot:    {path.with_suffix('.png')}")
+
+
+def _row(trainer: Trainer) -> dict[str, float]:
+    """What was logged last; NaN (of no labelled image, say) was not measured and is no JSON."""
+    row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return {k: v for k, v in row.items() if not math.isnan(v)}
 
 
 def _config(folder: Path) -> str | None:
@@ -296,58 +304,3 @@ def _versions() -> dict[str, str]:
 
     names = ("lightning-kd", "torch", "torchvision", "lightning", "torchmetrics", "jsonargparse")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _plot(report: dict[str, Any], path: Path) -> bool:
-    """Draw loss terms and accuracies by epoch; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        rank_zero_warn("report.png needs matplotlib: pip install 'lightning-kd[plot]'.")
-        return False
-    history = report["history"]
-    epochs = [row["epoch"] + 1 for row in history]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-
-    def series(key: str) -> tuple[list[float], list[float]]:
-        points = [(e, row[key]) for e, row in zip(epochs, history, strict=True) if key in row]
-        return [p[0] for p in points], [p[1] for p in points]
-
-    for key in sorted({k for row in history for k in row if k.startswith("train/")}):
-        losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
-    if any(key == "val/loss" for row in history for key in row):
-        losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
-    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from", yscale="log")
-    losses.legend()
-    drawn = False
-    for key, label in (("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")):
-        x, y = series(key)
-        if x:
-            accuracies.plot(x, [100 * v for v in y], marker=".", label=label)
-            drawn = True
-    for index, teacher in enumerate(report["teachers"]):
-        _, y = series(f"val/teacher_{index}/accuracy")
-        if y:
-            accuracies.axhline(
-                100 * y[-1],
-                linestyle=":",
-                color=f"C{index + 2}",
-                label=f"teacher {index}: {teacher['name']}",
-            )
-    _, y = series("val/ensemble/accuracy")
-    if y:
-        accuracies.axhline(100 * y[-1], color="black", linestyle="--", label="ensemble")
-    accuracies.set(xlabel="epoch", ylabel="validation accuracy in %", title="What is known")
-    if drawn:
-        accuracies.legend(loc="lower right")
-    for axes in (losses, accuracies):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
-    return True

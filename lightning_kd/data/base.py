@@ -152,8 +152,9 @@ class ImageData(LightningDataModule):
         ranks = order.world_size
         if not len(order) or len(source[1]) < ranks:
             raise ValueError(
-                f"Expected at least one batch, got {len(source[1])} images for batches of "
-                f"{self.batch_size} with drop_last={self.drop_last}."
+                f"Expected at least one batch for each of {ranks} processes, got "
+                f"{len(source[1])} images for batches of {self.batch_size} with "
+                f"drop_last={self.drop_last}."
             )
         return Batches(order, lambda plan: self.fetch(source, plan), train)
 

@@ -230,6 +230,8 @@ class Distiller(LightningModule):
         """Dry run on the shape of the data, before the optimizer is made."""
         if self._student_tap is None:
             self.prepare(example_input(self, self.unpack).to(self.device))
+        else:  # a fit with sync_batchnorm puts plain layers back at its end
+            self._student_tap.hook()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the student, adapters and gates; never a teacher."""

@@ -57,7 +57,8 @@ def update_metrics(
     if target is None:
         return
     labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
-    metrics["loss"].update(task_cross_entropy(logits, target), labelled.float())
+    # not as weights, which MeanMetric forgets without its search for NaN
+    metrics["loss"].update(task_cross_entropy(logits, target)[labelled])
     metrics["accuracy"].update(logits, target)
     metrics["ece"].update(logits, target)
     if ensemble is not None:

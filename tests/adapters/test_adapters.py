@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,38 @@ def test_a_feature_that_is_changed_in_place_is_told():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
     with pytest.raises(RuntimeError, match="changed in place"):
         Tap(network, ["0"])(torch.randn(1, 1, 4, 4))
+
+
+def test_nothing_is_kept_outside_a_call(tiny):
+    network = tiny()
+    tap = Tap(network, ["relu"])
+    x = torch.randn(2, 1, 8, 8)
+    for forward in (network, tap):
+        forward(x)
+        assert not tap._store
+        copy.deepcopy(network)(x)  # tensors with a graph cannot be copied
+    with pytest.raises(RuntimeError):
+        tap(x[..., :5, :5])
+    assert not tap._store
+    network(x)
+    assert not tap._store
+
+
+def test_a_layer_that_was_replaced_is_hooked_again(tiny):
+    network = tiny().eval()
+    plain, tap = network.bn, Tap(network, ["bn", "relu"])
+    x = torch.randn(2, 1, 8, 8)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert network.bn is not plain
+    with pytest.raises(RuntimeError, match="'bn' did not run"):
+        tap(x)
+    for _ in range(2):
+        tap.hook()
+        assert not plain._forward_hooks
+        assert [len(layer._forward_hooks) for layer in (network.bn, network.relu)] == [1, 1]
+        features = tap(x).features
+        assert torch.equal(features["bn"], network.bn(network.conv(x)))
+        assert torch.equal(features["relu"], features["bn"].relu())
 
 
 def test_a_layer_that_did_not_run_is_told(tiny):

@@ -1,4 +1,5 @@
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,17 @@ def test_empty_data_is_told(options, message):
 
     with pytest.raises(ValueError, match=message):
         start()
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_every_rank_is_told_of_fewer_images_than_ranks(rank):
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    data = Digits(subset=3, val_split=3)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy)
+    data.setup("fit")
+    for loader in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(ValueError, match="each of 4 processes, got 3 images"):
+            loader()
 
 
 def test_labels_out_of_range_are_told():

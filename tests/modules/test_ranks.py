@@ -1,5 +1,6 @@
 """Two gloo processes equal one on the same global batch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,26 +46,100 @@ if __name__ == "__main__":
 """
 
 
+FILES = """
+import time
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from tests.conftest import TinyNet
+from lightning_kd import MultiTeacher
+from lightning_kd.callbacks import DistillationReport, ExportStudent
+from lightning_kd.cli import SaveRunConfig, main
+from lightning_kd.data import Digits
+from lightning_kd.losses import Hint
+from lightning_kd.weighting import Fixed
+
+on_fit_start = SaveRunConfig.on_fit_start
+
+def late(self, trainer, pl_module):
+    time.sleep(trainer.global_rank)  # rank 0 is the first to look, and to write
+    on_fit_start(self, trainer, pl_module)
+
+SaveRunConfig.on_fit_start = late
+
+def in_python():
+    module = MultiTeacher(
+        TinyNet(), [TinyNet(), TinyNet()], losses=[Hint("relu", "relu")],
+        weighting=Fixed([1.0, 0.0]),  # the second projection gets no gradient
+    )
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=CSVLogger("logs"),
+        callbacks=[DistillationReport(plot=False), ExportStudent()], enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )
+    data = Digits(batch_size=64, subset=256)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+
+def on_the_command_line():
+    callbacks = ("DistillationReport", "ExportStudent")
+    main([
+        "fit", "--model=lightning_kd.Supervised", "--model.student=lightning_kd.models.resnet8",
+        "--model.student.width=4", "--data=lightning_kd.data.Digits", "--data.subset=256",
+        "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.strategy=ddp", "--trainer.logger=false", "--trainer.default_root_dir=fresh",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false",
+        *[f"--trainer.callbacks+=lightning_kd.callbacks.{name}" for name in callbacks],
+    ])
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    in_python()
+    on_the_command_line()
+"""
+
+
+def launch(script, folder, *args):
+    """Run a script whose Trainer starts the other ranks."""
+    path = folder / "train.py"
+    path.write_text(script)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(path), *args],
+        env={"PYTHONPATH": root, "PATH": "", "MASTER_ADDR": "127.0.0.1", "HOME": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("devices", [2])
 def test_two_ranks_equal_one(devices, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
     results = []
     for count in (1, devices):
         path = tmp_path / f"{count}.pt"
-        done = subprocess.run(
-            [sys.executable, str(script), str(count), str(path)],
-            env={"PYTHONPATH": root, "PATH": "", "MASTER_ADDR": "127.0.0.1", "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(SCRIPT, tmp_path, str(count), str(path))
         results.append(torch.load(path, weights_only=True))
     one, two = results
     for key, value in one["state"].items():
         torch.testing.assert_close(two["state"][key], value, rtol=1e-4, atol=1e-5, msg=key)
     for key in ("val/accuracy", "val/agreement", "val/ensemble/accuracy", "val/teacher_0/accuracy"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], abs=1e-6), key
+    for key in ("train/loss", "train/task", "train/soft_target", "train/hint", "val/loss"):
+        assert two["metrics"][key] == pytest.approx(one["metrics"][key], abs=1e-4), key
     assert two["metrics"]["val/ece"] == pytest.approx(one["metrics"]["val/ece"], abs=1e-4)
+
+
+def test_two_ranks_share_a_folder_and_end_with_all_files(tmp_path):
+    launch(FILES, tmp_path)
+    written = {"report.json", "student.json", "student.safetensors"}
+    logged = tmp_path / "logs" / "lightning_logs" / "version_0"
+    assert written < {p.name for p in logged.iterdir()}
+    report = json.loads((logged / "report.json").read_text())
+    assert report["split"] == "test"
+    assert report["student"]["accuracy"] is not None
+    assert report["history"][0]["train/hint"] > 0
+    fresh = tmp_path / "fresh"
+    assert {p.name for p in fresh.iterdir()} == written | {"config.yaml", "report.png"}

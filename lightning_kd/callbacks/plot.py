@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def plot_report(report: dict[str, Any], path: Path) -> bool:
+    """Draw loss terms and accuracies by epoch.
+
+    Args:
+        report: What ``report.json`` holds.
+        path: Of the picture.
+
+    Returns:
+        Whether it was drawn: False without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        rank_zero_warn("report.png needs matplotlib: pip install 'lightning-kd[plot]'.")
+        return False
+    history = report["history"]
+    epochs = [row["epoch"] + 1 for row in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        points = [(e, row[key]) for e, row in zip(epochs, history, strict=True) if key in row]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    for key in sorted({k for row in history for k in row if k.startswith("train/")}):
+        losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
+    if any(key == "val/loss" for row in history for key in row):
+        losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from", yscale="log")
+    losses.legend()
+    drawn = False
+    for key, label in (("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")):
+        x, y = series(key)
+        if x:
+            accuracies.plot(x, [100 * v for v in y], marker=".", label=label)
+            drawn = True
+    for index, teacher in enumerate(report["teachers"]):
+        _, y = series(f"val/teacher_{index}/accuracy")
+        if y:
+            accuracies.axhline(
+                100 * y[-1],
+                linestyle=":",
+                color=f"C{index + 2}",
+                label=f"teacher {index}: {teacher['name']}",
+            )
+    _, y = series("val/ensemble/accuracy")
+    if y:
+        accuracies.axhline(100 * y[-1], color="black", linestyle="--", label="ensemble")
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy in %", title="What is known")
+    if drawn:
+        accuracies.legend(loc="lower right")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(path)
+    return True
