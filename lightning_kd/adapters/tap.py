@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,17 @@ from lightning_kd.knowledge import Knowledge
 
 
 def find_layer(network: nn.Module, layer: str) -> nn.Module:
-    """Look up a layer by its dotted name, inside wrappers such as ``Normalized`` too.
+    """Look up a layer by its dotted name, inside wrappers (``Normalized``, ``Resized``) too.
 
     Raises:
         ValueError: If there is no such layer; the message lists near names.
     """
     named: dict[str, nn.Module] = dict(network.named_modules())
-    for name in (layer, f"network.{layer}"):
-        if layer and name in named:
-            return named[name]
-    names = [name.removeprefix("network.") for name in named if name]
+    wrappers = ["", "network.", "network.network."]
+    for prefix in wrappers:
+        if layer and prefix + layer in named:
+            return named[prefix + layer]
+    names = [re.sub(r"^(network\.)+", "", name) for name in named if name]
     near = difflib.get_close_matches(layer, names, n=6, cutoff=0.4) or names[:12]
     raise ValueError(
         f"Expected the name of a layer of {type(network).__name__}, got {layer!r}. "

@@ -110,6 +110,9 @@ def by_name(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
                 f"Expected a loss whose name is not `loss`, `task` or `gate`, which are taken in "
                 f"the log, got {type(loss).__name__}: rename the class."
             )
-        same = sum(other.name == loss.name for other in named.values())
-        named[f"{loss.name}_{same + 1}" if same else loss.name] = loss
+        count, key = 1, loss.name
+        while key in named:
+            count += 1
+            key = f"{loss.name}_{count}"
+        named[key] = loss
     return named

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd.adapters import Tap
-from lightning_kd.functional import task_cross_entropy
+from lightning_kd.functional import labelled, task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.losses.base import by_name
@@ -172,8 +172,7 @@ class Distiller(LightningModule):
     def task_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy averaged over the labelled samples (in training: of all ranks)."""
         values = task_cross_entropy(logits, target, self.label_smoothing)
-        labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
-        count = labelled.sum().to(values.dtype)
+        count = labelled(target).sum().to(values.dtype)
         if torch.is_grad_enabled() and world_size() > 1:
             # DDP averages gradients over ranks; ranks with few labels must not count for more
             torch.distributed.all_reduce(count)

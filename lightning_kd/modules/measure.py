@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_kd.functional import task_cross_entropy
+from lightning_kd.functional import labelled, task_cross_entropy
 from lightning_kd.knowledge import Knowledge
 
 
@@ -56,9 +56,8 @@ def update_metrics(
         metrics["agreement"].update(logits, ensemble.argmax(1))
     if target is None:
         return
-    labelled = (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
     # not as weights, which MeanMetric forgets without its search for NaN
-    metrics["loss"].update(task_cross_entropy(logits, target)[labelled])
+    metrics["loss"].update(task_cross_entropy(logits, target)[labelled(target)])
     metrics["accuracy"].update(logits, target)
     metrics["ece"].update(logits, target)
     if ensemble is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_kd.knowledge import Knowledge
@@ -23,4 +24,4 @@ class Uniform(Weighting):
     ) -> Tensor:
         """Weights 1 / M, shape (M,)."""
         m = len(teachers)
-        return teachers[0].logits.new_full((m,), 1.0 / m).float()
+        return torch.full((m,), 1 / m, device=teachers[0].logits.device)
