@@ -8,7 +8,7 @@ import lightning_kd
 PACKAGE = Path(lightning_kd.__file__).parent
 # lower rooms first: a room imports from itself and from those before it
 ORDER = [
-    "functional", "knowledge", "schedules", "adapters", "losses", "weighting", "teachers",
+    "functional", "ranks", "knowledge", "schedules", "adapters", "losses", "weighting", "teachers",
     "models", "modules", "callbacks", "data", "cli",
 ]  # fmt: skip
 

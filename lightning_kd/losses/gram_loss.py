@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_kd.functional import (
-    labelled,
     log_euclidean_distance,
     similarity_distance,
     simplex_projection,
@@ -16,6 +15,7 @@ from lightning_kd.functional import (
 )
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.ranks import sum_over_ranks, world_size
 
 Metric = Literal["similarity_preserving", "log_euclidean"]
 
@@ -100,8 +100,7 @@ class GramLoss(LayerLoss):
         indices: Sequence[int],
         target: Tensor,
     ) -> None:
-        known = labelled(target).sum().clamp(min=1)
-        task = task_cross_entropy(student.logits, target).sum() / known
+        task = task_cross_entropy(student.logits, target).sum()
         (wanted,) = torch.autograd.grad(task, feature, retain_graph=True, allow_unused=True)
         if wanted is None:
             raise ValueError(
@@ -112,9 +111,7 @@ class GramLoss(LayerLoss):
             torch.autograd.grad(value, feature, retain_graph=True)[0].flatten() for value in values
         ]
         agreement = torch.cosine_similarity(wanted.flatten()[None], torch.stack(offered))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(agreement)
-            agreement = agreement / torch.distributed.get_world_size()
+        agreement = sum_over_ranks(agreement) / world_size()
         step = torch.zeros_like(self.trust)
         step[list(indices)] = agreement.to(step)
         self.trust.copy_(simplex_projection(self.trust + self.learning_rate * step))

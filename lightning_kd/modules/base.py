@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd.adapters import Tap
-from lightning_kd.functional import labelled, task_cross_entropy
+from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.losses.base import by_name
@@ -22,16 +22,11 @@ from lightning_kd.modules.finite import FiniteWatch
 from lightning_kd.modules.measure import make_metrics, update_metrics
 from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
+from lightning_kd.ranks import mean_over_labelled
 from lightning_kd.teachers import Teacher
 from lightning_kd.weighting import Uniform, Weighting
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
 
 
 class Distiller(LightningModule):
@@ -172,12 +167,7 @@ class Distiller(LightningModule):
     def task_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy averaged over the labelled samples (in training: of all ranks)."""
         values = task_cross_entropy(logits, target, self.label_smoothing)
-        count = labelled(target).sum().to(values.dtype)
-        if torch.is_grad_enabled() and world_size() > 1:
-            # DDP averages gradients over ranks; ranks with few labels must not count for more
-            torch.distributed.all_reduce(count)
-            count = count / world_size()
-        return values.sum() / count.clamp(min=1e-6)
+        return mean_over_labelled(values, target)
 
     def forward(self, x: Tensor) -> Tensor:
         """Student's logits for images (B, C, H, W)."""

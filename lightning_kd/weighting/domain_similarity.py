@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.adapters import Tap
 from lightning_kd.functional import jensen_shannon, maximum_mean_discrepancy, pooled, renyi
 from lightning_kd.knowledge import Knowledge
+from lightning_kd.ranks import sum_over_ranks
 from lightning_kd.weighting.base import Weighting
 
 MOST_SAMPLES = 512  # the discrepancy compares all pairs
@@ -116,9 +117,7 @@ class DomainSimilarity(Weighting):
                     f"{known.shape[1]}: it is of another network or layer."
                 )
             similarities.append(similarity(known, target, self.divergence))
-        total = torch.stack(similarities)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
+        total = sum_over_ranks(torch.stack(similarities))
         self.weights.copy_(total / total.sum())
 
     def forward(

@@ -9,6 +9,7 @@ from lightning_kd.functional import min_norm_weights
 from lightning_kd.functional.checks import check_positive
 from lightning_kd.functional.trust import MOST_GRADIENTS
 from lightning_kd.knowledge import Knowledge
+from lightning_kd.ranks import sum_over_ranks, world_size
 from lightning_kd.weighting.base import Weighting
 
 
@@ -20,7 +21,8 @@ class GradientSpace(Weighting):
 
     The gradients of the soft-target losses with respect to the student's logits are known in closed
     form, so there is no backward pass for them, and the small problem is solved exactly on the
-    device. Averages are those of the global batch.
+    device. Averages are those of the global batch. The ensemble is measured with the weights of the
+    last training batch, so that a measurement does not depend on how images are batched.
 
     Args:
         c_max: Largest weight, in [1 / M, 1]. Below 1 it bounds the pull of outliers.
@@ -36,6 +38,8 @@ class GradientSpace(Weighting):
         Gradient Space", NeurIPS, equations 5 to 7.
     """
 
+    last: Tensor
+
     def __init__(
         self,
         c_max: float = 0.6,
@@ -47,6 +51,11 @@ class GradientSpace(Weighting):
         check_positive(temperature, "temperature")
         check_positive(c_max, "c_max")
         self.c_max, self.temperature, self.normalize = c_max, temperature, normalize
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """Start from equal weights."""
+        if not hasattr(self, "last"):
+            self.register_buffer("last", torch.full((len(teachers),), 1 / len(teachers)))
 
     def active(self, num_teachers: int) -> Sequence[int]:
         """All teachers.
@@ -64,15 +73,15 @@ class GradientSpace(Weighting):
     def forward(
         self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
     ) -> Tensor:
-        """Weights of this batch, shape (M,)."""
+        """Weights of this batch, shape (M,); measured, those of the last training batch."""
+        if not self.training:
+            return self.last
         t = self.temperature
         with torch.no_grad():
             mine = (student.logits.float() / t).softmax(1)
             theirs = torch.stack([(m.logits.float() / t).softmax(1) for m in teachers])
             gradients = t * (mine - theirs).transpose(1, 2).flatten(2).mean(2)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(gradients)
-                gradients = gradients / torch.distributed.get_world_size()
+            gradients = sum_over_ranks(gradients) / world_size()
             lengths = gradients.norm(dim=1).clamp(min=1e-12)
             if self.normalize:
                 gradients = gradients / lengths[:, None]
@@ -80,4 +89,5 @@ class GradientSpace(Weighting):
             if self.normalize:
                 weights = weights / lengths
                 weights = weights / weights.sum()
+            self.last.copy_(weights)
             return weights

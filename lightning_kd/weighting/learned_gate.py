@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional import combine, labelled, pooled
+from lightning_kd.functional import combine, pooled
 from lightning_kd.functional.precision import full_precision
 from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.ranks import mean_over_labelled
 from lightning_kd.weighting.base import Weighting
 
 
@@ -69,11 +70,11 @@ class LearnedGate(Weighting):
         if target is None:
             return 0.0 * weights.sum()  # every parameter takes part in each step
         logits = torch.stack([member.logits for member in teachers.members])
-        return _answer_loss(logits, weights, target, self.space)
+        return mean_over_labelled(_answer_loss(logits, weights, target, self.space), target)
 
 
 @full_precision
 def _answer_loss(logits: Tensor, weights: Tensor, target: Tensor, space: str) -> Tensor:
+    """Negative log-likelihood of the weighted answer, per sample, 0 where unlabelled."""
     answer = combine(logits, weights.clamp(min=1e-12), 1.0, space)
-    value = F.nll_loss(answer, target, ignore_index=-1, reduction="sum")
-    return value / labelled(target).sum().clamp(min=1)
+    return F.nll_loss(answer, target, ignore_index=-1, reduction="none")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.knowledge import Knowledge
+from lightning_kd.ranks import sum_over_ranks
 from lightning_kd.weighting.base import Weighting
 
 
@@ -105,9 +106,8 @@ class SelfPaced(Weighting):
 
     def update(self) -> None:
         """Set the weights from the validation that has just ended."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
-        seen, mine, theirs = self.counts / self.counts[0].clamp(min=1)
+        counts = sum_over_ranks(self.counts)
+        seen, mine, theirs = counts / counts[0].clamp(min=1)
         # an expert that is never right has nothing to teach
         gap = (theirs - mine) / ((1 - self.threshold) * theirs).clamp(min=1e-12)
         weights = torch.where(mine < self.threshold * theirs, 1.0, gap.clamp(0.0, 1.0))

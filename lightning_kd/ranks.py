@@ -1,0 +1,41 @@
+"""What processes that train together must agree on; plain values where there is one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_kd.functional import labelled
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, without gradient; every process must ask."""
+    if world_size() > 1:
+        values = values.detach().clone()
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def mean_over_labelled(values: Tensor, target: Tensor) -> Tensor:
+    """Mean of per-sample values over labelled samples, such that gradients are right under DDP.
+
+    DDP averages gradients over processes; the count is that of all of them, so that processes with
+    few labels do not count for more.
+
+    Args:
+        values: Shape (B,), 0 where there is no label.
+        target: Labels, shape (B, ...), -1 where unlabelled.
+
+    Returns:
+        A scalar; 0 where nothing is labelled.
+    """
+    count = labelled(target).sum().to(values.dtype)
+    if torch.is_grad_enabled():  # a measurement on some processes must not wait for the others
+        count = sum_over_ranks(count) / world_size()
+    return values.sum() / count.clamp(min=1e-6)
