@@ -94,12 +94,13 @@ WEIGHTINGS = {
     "Entropy": weighting(Entropy),
     "GradientSpace": weighting(GradientSpace),
     "LearnedGate": weighting(lambda: LearnedGate("layer3")),
-    "SelfPaced": weighting(SelfPaced),
+    "SelfPaced": lambda: {**weighting(SelfPaced)(), "task_weight": 1.0},
+    "SelfPaced, no fading": weighting(lambda: SelfPaced(fade=False)),
     "LowestLoss": weighting(LowestLoss),
     "AttentionOverLayers": weighting(lambda: AttentionOverLayers(*L)),
 }
 LOGIT_LOSSES = {
-    "LogitMSE": weighting(Uniform, lambda: [LogitMSE(weight=0.1)]),
+    "LogitMSE": weighting(Uniform, lambda: [LogitMSE(weight=1.0)]),
     "DecoupledKL": weighting(Uniform, lambda: [DecoupledKL(4.0, 1.0, 2.0, weight=0.9)]),
     "LogitStandardization": weighting(Uniform, lambda: [LogitStandardization(2.0, weight=9.0)]),
 }
@@ -131,8 +132,8 @@ FEATURE_LOSSES = {
     },
 }
 ARMS = {"labels alone": None, **WEIGHTINGS, **LOGIT_LOSSES, **FEATURE_LOSSES}
-SPOILED = ("Uniform", "Confidence", "LearnedGate", "SelfPaced", "Entropy", "LowestLoss",
-           "GradientSpace", "AttentionOverLayers")  # fmt: skip
+SPOILED = ("Uniform", "Confidence", "LearnedGate", "SelfPaced", "SelfPaced, no fading", "Entropy",
+           "LowestLoss", "GradientSpace", "AttentionOverLayers")  # fmt: skip
 
 
 def teachers(spoiled: bool) -> list[torch.nn.Module]:
@@ -173,7 +174,7 @@ def run(arm: str, seed: int, spoiled: bool) -> dict:
         module = MultiTeacher(student, teachers(spoiled), **make(), **options)
     callbacks = []
     if arm == "KnowledgeFlow":
-        callbacks.append(LossWeightScheduler(Linear(0.01, 1.0, EPOCHS), "knowledge_flow"))
+        callbacks.append(LossWeightScheduler(Linear(0.01, 10.0, EPOCHS // 2), "knowledge_flow"))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, callbacks=callbacks,

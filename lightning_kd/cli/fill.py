@@ -27,7 +27,8 @@ def fill_in(model: Namespace, data: Namespace) -> None:
         return
     # folders are only listed where the classes are not known beforehand
     options = vars(data["init_args"]) if data.get("init_args") else {}
-    source = kind if hasattr(kind, "num_classes") else kind(**options)
+    fixed = hasattr(kind, "num_classes") and not options.get("classes")
+    source = kind if fixed else kind(**options)
     known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}
 
     def walk(node: Any) -> None:

@@ -36,6 +36,8 @@ class ImageData(LightningDataModule):
         drop_last: Leave out a last training batch that is not full.
         download: Fetch the data if it is not there.
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
+        classes: Keep these classes only, renumbered in this order, for an expert of some classes
+            (``lightning_kd.Teacher`` then takes the same list); ``null``: all.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -57,6 +59,7 @@ class ImageData(LightningDataModule):
         drop_last: bool = False,
         download: bool = True,
         split_seed: int = 0,
+        classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -72,6 +75,14 @@ class ImageData(LightningDataModule):
         self.labelled_fraction, self.keep_unlabelled = labelled_fraction, keep_unlabelled
         self.crop_padding, self.flip, self.drop_last = crop_padding, flip, drop_last
         self.download, self.split_seed = download, split_seed
+        self.classes = classes
+        if classes is not None:
+            known = range(self.num_classes)
+            if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(known):
+                raise ValueError(
+                    f"Expected distinct classes from 0 to {self.num_classes - 1}, got {classes}."
+                )
+            self.num_classes = len(classes)
         self.shuffle_seed: int | None = None
         self._train: Labelled | None = None
         self._val: Labelled | None = None
@@ -164,12 +175,18 @@ class ImageData(LightningDataModule):
         if not len(labels):
             raise ValueError(f"Expected images in {name}, found none under {self.root}.")
         low, high = int(labels.min()), int(labels.max())
-        if low < -1 or high >= self.num_classes:
+        known = self.num_classes if self.classes is None else type(self).num_classes
+        if low < -1 or high >= known:
             raise ValueError(
-                f"Expected labels of {name} from 0 to {self.num_classes - 1}, or -1 for "
-                f"unlabelled, got {low} to {high}."
+                f"Expected labels of {name} from 0 to {known - 1}, or -1 for unlabelled, got {low} "
+                f"to {high}."
             )
-        return images, labels
+        if self.classes is None:
+            return images, labels
+        numbers = torch.full((known + 1,), -1)  # the last entry is that of label -1
+        numbers[self.classes] = torch.arange(len(self.classes))
+        kept = (numbers[labels] >= 0).nonzero()[:, 0]
+        return self.take(images, numbers[labels], kept)
 
     def _split(self, images: Any, labels: Tensor) -> tuple[Labelled, Labelled]:
         order = torch.randperm(len(labels), generator=seeded(self.split_seed))

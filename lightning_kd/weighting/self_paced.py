@@ -18,11 +18,13 @@ class SelfPaced(Weighting):
 
     with A the accuracies of student and expert on validation images of the expert's classes. The
     weights are scaled to sum to 1 and their mean multiplies all distillation terms (``strength``),
-    so that distillation stops when the student matches everybody; an expert of weight 0 is not run.
-    All weights are 1 until the first validation; the state is in the checkpoint.
+    so that distillation stops when the student matches everybody: the labels must then carry on,
+    with a ``task_weight`` of 1, say. An expert of weight 0 is not run. All weights are 1 until the
+    first validation; the state is in the checkpoint.
 
     Args:
         threshold: b, in [0, 1): share of the expert's accuracy at which its weight begins to fall.
+        fade: Let all distillation fade; else only the shares of the experts change.
         classes: Classes of each expert; ``null``: those that its logits cover (see
             ``lightning_kd.Teacher``), usually all.
         space: ``"probability"`` or ``"logit"``: where answers are averaged.
@@ -42,13 +44,14 @@ class SelfPaced(Weighting):
     def __init__(
         self,
         threshold: float = 0.3,
+        fade: bool = True,
         classes: list[list[int]] | None = None,
         space: str = "probability",
     ) -> None:
         super().__init__(space)
         if not 0 <= threshold < 1:
             raise ValueError(f"Expected threshold in [0, 1), got {threshold}.")
-        self.threshold, self.classes = threshold, classes
+        self.threshold, self.fade, self.classes = threshold, fade, classes
         self._running: list[int] | None = None
 
     def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
@@ -77,15 +80,15 @@ class SelfPaced(Weighting):
 
     @property
     def strength(self) -> Tensor | float:
-        """Mean weight of the experts, in [0, 1]."""
-        return self.paced.mean()
+        """Mean weight of the experts, in [0, 1]; 1 without ``fade``."""
+        return self.paced.mean() if self.fade else 1.0
 
     def active(self, num_teachers: int) -> Sequence[int]:
-        """Experts of positive weight; all of them where there is none left to choose from."""
+        """Experts of positive weight; none to learn from, or all to measure, if there is none."""
         if self._running is None:
             weights = self.paced.tolist() if hasattr(self, "paced") else [1.0] * num_teachers
             self._running = [m for m, weight in enumerate(weights) if weight > 0]
-        return self._running or ([] if self.training else range(num_teachers))
+        return self._running or ([] if self.training and self.fade else range(num_teachers))
 
     def forward(
         self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None

@@ -259,3 +259,20 @@ def test_batches_keep_the_number_that_len_promises():
     order = Order(7, 2, True)
     loader = Batches(order, lambda plan: ((i, i) for i in plan), train=False)
     assert len(list(loader)) == len(loader) == 4
+
+
+def test_an_expert_sees_some_classes_renumbered_in_its_order():
+    whole, some = Digits(val_split=0.0), Digits(val_split=0.0, classes=[7, 2])
+    whole.setup("fit")
+    some.setup("fit")
+    assert some.num_classes == 2
+    images, labels = some._train
+    for mine, original in ((0, 7), (1, 2)):
+        wanted = whole._train[0][whole._train[1] == original]
+        assert {i.numpy().tobytes() for i in images[labels == mine]} == {
+            i.numpy().tobytes() for i in wanted
+        }
+    assert Digits(classes=None).num_classes == 10
+    for wrong in ([], [1, 1], [10]):
+        with pytest.raises(ValueError, match="Expected distinct classes from 0 to 9"):
+            Digits(classes=wrong)

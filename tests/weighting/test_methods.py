@@ -211,7 +211,7 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
         return Knowledge(logits)
 
     student, experts = right_on([0.1, 0.6]), [right_on([0.8, 0.0]), right_on([0.0, 0.9])]
-    paced = SelfPaced(threshold, classes)
+    paced = SelfPaced(threshold, classes=classes)
     paced.build(student, experts)
     assert paced.paced.tolist() == [1.0, 1.0]
     paced.observe(student, experts, labels)
@@ -223,7 +223,7 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
     torch.testing.assert_close(paced.paced, torch.tensor(wanted))
     assert float(paced.strength) == pytest.approx(sum(wanted) / 2)
     torch.testing.assert_close(paced(experts, student, None), torch.tensor(wanted) / sum(wanted))
-    twin = SelfPaced(threshold, classes)
+    twin = SelfPaced(threshold, classes=classes)
     twin.build(student, experts)
     twin.load_state_dict(paced.state_dict())
     assert torch.equal(twin.paced, paced.paced)
@@ -233,6 +233,10 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
     paced.observe(right_on([1.0, 1.0]), experts, labels)
     paced.update()
     assert list(paced.active(2)) == []
+    paced.fade = False  # then nobody is better than anybody else
+    assert list(paced.active(2)) == [0, 1]
+    assert paced.strength == 1.0
+    paced.fade = True
     paced.eval()  # measured, the ensemble is of all
     assert list(paced.active(2)) == [0, 1]
     torch.testing.assert_close(paced(experts, student, None), torch.tensor([0.5, 0.5]))
