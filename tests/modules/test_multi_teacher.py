@@ -140,6 +140,16 @@ def test_method_trains_the_student_and_touches_no_teacher(
     assert grads.keys() == dict(module.named_parameters()).keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize(("loss", "weighting"), CASES)
+def test_method_in_other_precisions(loss, weighting, precision, build, make_trainer, digits):
+    module = build(loss, weighting)
+    trainer = make_trainer(max_epochs=1, precision=precision, limit_train_batches=2)
+    trainer.fit(module, datamodule=digits(subset=128))
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 STATEFUL = [
     ("hint", "switching"), ("soft_target", "self_paced"), ("soft_target", "learned_gate"),
     ("soft_target", "domain_similarity"), ("hint", "attention_over_layers"),
