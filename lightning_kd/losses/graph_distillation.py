@@ -91,21 +91,20 @@ class GraphDistillation(LayerLoss):
         scores, values = [], []
         for m, teacher in zip(teachers.indices, teachers.members, strict=True):
             theirs = pooled(self.teacher_feature(m, teacher))
-            seen = (
-                torch.cat([theirs.float(), teacher.logits.float()], 1)
-                if self.edges == "sample"
-                else None
-            )
-            seen = theirs.new_ones(len(theirs), 1) if seen is None else seen
-            scores.append(self.scorers[m](seen)[:, 0])
+            scorer = self.scorers[m]
+            kind = next(scorer.parameters()).dtype
+            seen = theirs.new_ones(len(theirs), 1, dtype=kind)
+            if self.edges == "sample":
+                seen = torch.cat([theirs.to(kind), teacher.logits.to(kind)], 1)
+            scores.append(scorer(seen)[:, 0])
             t = self.temperature
             logits = t**2 * kl_divergence(student.logits, teacher.logits, t, t)
             features = _vertex_distance(self.projections[m](mine), theirs, self.distance)
             values.append(self.logit_weight * logits + self.feature_weight * features)
         if self.self_edge:
             scores.append(torch.zeros_like(scores[0]))
-        edges = torch.stack(scores).float().softmax(0)[: len(values)]
-        return (edges.to(values[0]) * torch.stack(values)).sum(0).mean()
+        edges = torch.stack(scores).to(values[0]).softmax(0)[: len(values)]
+        return (edges * torch.stack(values)).sum(0).mean()
 
 
 @full_precision
