@@ -253,7 +253,9 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _name(network: nn.Module) -> str:
-    inner = getattr(network, "network", network)
+    inner = network
+    while isinstance(getattr(inner, "network", None), nn.Module):  # Normalized, Resized
+        inner = inner.network  # type: ignore[assignment]
     args = getattr(inner, "init_args", {})
     suffix = "".join(f"-{args[k]}" for k in ("depth", "widen_factor") if k in args)
     return type(inner).__name__ + suffix
