@@ -105,6 +105,7 @@ class Distiller(LightningModule):
         self._student_tap: Tap | None = None
         self._rng: dict[str, Any] | None = None
         self._watch = FiniteWatch()
+        self._trust: tuple[Sequence[int], Tensor] | None = None
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -148,6 +149,7 @@ class Distiller(LightningModule):
         if members:
             weights = self.weighting(members, student, target)
             teachers = Ensemble(members, weights, self.weighting.space, indices)
+            self._trust = (indices, weights.detach())
             for name, loss in zip(self.losses, self._losses(), strict=True):
                 value = loss(student, teachers, target)
                 terms[name] = loss.weight * self.weighting.strength * value
@@ -257,7 +259,17 @@ class Distiller(LightningModule):
         # on a CPU looking costs nothing, on a GPU it waits for the device
         if self.device.type == "cpu" or self.trainer.global_step % every == 0:
             self._raise_if_not_finite()
-        logged = {"train/loss": loss.detach(), **{f"train/{k}": v for k, v in parts.items()}}
+        logged: dict[str, Any] = {
+            "train/loss": loss.detach(),
+            **{f"train/{k}": v for k, v in parts.items()},
+        }
+        if self._trust is not None and self.weighting.varies:
+            indices, weights = self._trust
+            shares = (weights.mean(1) if weights.dim() == 2 else weights).unbind()
+            # who was not asked counted for nothing
+            logged |= {f"train/trust_{m}": 0.0 for m in range(len(self.teachers))}
+            logged |= {f"train/trust_{m}": w for m, w in zip(indices, shares, strict=True)}
+        self._trust = None
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
         return {"loss": loss, **parts}
 

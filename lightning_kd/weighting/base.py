@@ -25,6 +25,9 @@ class Weighting(nn.Module, ABC):
             raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
         self.space = space
 
+    #: whether weights change during training, and are therefore logged as ``train/trust_<index>``
+    varies = True
+
     @property
     def strength(self) -> Tensor | float:
         """Multiplier of all distillation terms; below 1 where no teacher has much to say."""

@@ -65,6 +65,7 @@ class DomainSimilarity(Weighting):
 
     weights: Tensor
     wants_images = True
+    varies = False
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class Fixed(Weighting):
     """
 
     weights: Tensor
+    varies = False
 
     def __init__(self, weights: list[float], space: str = "probability") -> None:
         super().__init__(space)

@@ -19,6 +19,8 @@ class Uniform(Weighting):
         Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2; You et al., KDD 2017.
     """
 
+    varies = False
+
     def forward(
         self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
     ) -> Tensor:

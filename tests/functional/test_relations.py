@@ -112,3 +112,30 @@ def test_selectivity_takes_other_widths_and_resolutions():
     )
     with pytest.raises(ValueError, match="feature maps"):
         functional.selectivity_distance(torch.randn(2, 3), teacher)
+
+
+def test_values_of_repdistillers_code():
+    """HobbitLong/RepDistiller, distiller_zoo: SP.py, PKT.py and NST.py."""
+    s, t = torch.randn(5, 3), torch.randn(5, 6)
+    rows = [torch.nn.functional.normalize(x @ x.T) for x in (s, t)]
+    published = ((rows[1] - rows[0]) ** 2).sum() / 25
+    torch.testing.assert_close(functional.similarity_distance(s, t), published)
+
+    cosines = []
+    for x in (s, t):
+        x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
+        kernel = ((x @ x.T) + 1) / 2
+        cosines.append(kernel / kernel.sum(1, keepdim=True))
+    published = (cosines[1] * ((cosines[1] + 1e-7) / (cosines[0] + 1e-7)).log()).mean()
+    torch.testing.assert_close(
+        functional.probabilistic_distance(s, t), published, atol=1e-6, rtol=1e-4
+    )
+
+    a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+
+    def poly(x, y):
+        x, y = (torch.nn.functional.normalize(z.flatten(2), dim=2) for z in (x, y))
+        return (x.unsqueeze(1) * y.unsqueeze(2)).sum(-1).pow(2)
+
+    published = poly(b, b).mean() + poly(a, a).mean() - 2 * poly(a, b).mean()
+    torch.testing.assert_close(functional.selectivity_distance(a, b).mean(), published)

@@ -107,3 +107,17 @@ def test_divergences_of_domains_equal_the_reference():
     s, t = torch.randn(5, 3).double(), torch.randn(4, 3).double() + 1
     assert float(functional.maximum_mean_discrepancy(s, t)) == pytest.approx(reference.mmd(s, t))
     assert float(functional.maximum_mean_discrepancy(s, s)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+@pytest.mark.parametrize("c_max", [0.6, 0.9])
+def test_min_norm_equals_the_one_class_svm_of_the_published_code(m, c_max):
+    """AnTuo1998/AE-KD, helper/optimization.py: dual of a one-class SVM on the Gram matrix."""
+    svm = pytest.importorskip("sklearn.svm")
+    g = torch.randn(m, 10, dtype=torch.float64) + 0.3
+    fitted = svm.OneClassSVM(kernel="precomputed", nu=1 / (c_max * m), tol=1e-9)
+    fitted.fit((g @ g.T).numpy())
+    weights = torch.zeros(m, dtype=torch.float64)
+    weights[torch.as_tensor(fitted.support_).long()] = torch.as_tensor(fitted.dual_coef_[0])
+    weights = weights / weights.sum()
+    torch.testing.assert_close(functional.min_norm_weights(g, c_max), weights, atol=1e-5, rtol=0)

@@ -142,3 +142,25 @@ def test_names_are_snake_case():
     assert MyOwnKDLoss().name == "my_own_kd_loss"
     assert LogitMSE().name == "logit_mse"
     assert SoftTarget().name == "soft_target"
+
+
+def test_two_teachers_give_the_golden_probability_mean():
+    """Public code (dvornikita/fewshot_ensemble) averages logits where it means probabilities."""
+    teachers = [
+        Knowledge(torch.tensor([[0.9, 0.1]]).log()),
+        Knowledge(torch.tensor([[0.2, 0.8]]).log()),
+    ]
+    mean = ensemble(teachers).log_probabilities().exp()
+    torch.testing.assert_close(mean, torch.tensor([[0.55, 0.45]]))
+    geometric = ensemble(teachers, space="logit").log_probabilities().exp()
+    torch.testing.assert_close(geometric, torch.tensor([[0.6, 0.4]]))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_the_gradient_does_not_shrink_with_the_number_of_classes(classes):
+    """KLDivLoss's default reduction divides by it (LFME, BAN, ARD): sum over classes instead."""
+    z = torch.zeros(1, classes, requires_grad=True)
+    teacher = torch.full((1, classes), -100.0)
+    teacher[0, 0] = 0.0
+    SoftTarget(1.0)(Knowledge(z), ensemble([Knowledge(teacher)]), None).backward()
+    assert float(z.grad[0, 0]) == pytest.approx(1 / classes - 1)

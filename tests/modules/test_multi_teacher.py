@@ -200,6 +200,9 @@ def test_switching_asks_one_teacher_a_step_and_all_of_them_in_validation(
     trainer.fit(module, datamodule=digits())
     assert calls[True] == trainer.global_step + 2  # of the dry run
     assert calls[False] == 2 * 2 * trainer.num_val_batches[0]
+    shares = [float(trainer.callback_metrics[f"train/trust_{m}"]) for m in range(2)]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
 
 
 def test_distillation_stops_when_the_student_has_caught_up(build, make_trainer, digits):
@@ -218,6 +221,9 @@ def test_gate_is_logged_and_learns(build, make_trainer, digits):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=digits())
     assert float(trainer.callback_metrics["train/gate"]) > 0
+    trust = [float(trainer.callback_metrics[f"train/trust_{m}"]) for m in range(2)]
+    assert sum(trust) == pytest.approx(1)
+    assert trust[0] != trust[1]
     assert module.weighting.gate.weight.abs().sum() > 0
 
 
