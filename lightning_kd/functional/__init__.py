@@ -1,5 +1,6 @@
 """Pure tensor maths: no state, no Lightning; per-sample values wherever those are defined."""
 
+from lightning_kd.functional.collective import min_logits, simplex_cross_entropy_weights
 from lightning_kd.functional.decoupled import decoupled_kl, standardize
 from lightning_kd.functional.divergence import (
     combine,
@@ -53,6 +54,7 @@ __all__ = [
     "logit_mse",
     "lowest_loss_weights",
     "maximum_mean_discrepancy",
+    "min_logits",
     "min_norm_weights",
     "pooled",
     "probabilistic_distance",
@@ -62,6 +64,7 @@ __all__ = [
     "same_resolution",
     "selectivity_distance",
     "similarity_distance",
+    "simplex_cross_entropy_weights",
     "simplex_projection",
     "standardize",
     "task_cross_entropy",

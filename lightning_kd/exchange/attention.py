@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.functional import pooled
+from lightning_kd.knowledge import Ensemble, Knowledge
+
+
+class Attention(Exchange):
+    r"""Diverse peers and a group leader (OKDDip): peers attend to peers, the leader to their mean.
+
+    .. math:: z_a^* = \sum_b \alpha_{ab} z_b, \quad \alpha_{a \cdot} =
+        \mathrm{softmax}_b \langle L h_a, E h_b \rangle, \quad
+        z_{leader}^* = \frac{1}{K - 1} \sum_b z_b
+
+    The last network is the leader, which is kept. The logits inside a target are detached, the
+    attention is not: it learns through the losses of the peers.
+
+    Args:
+        layer: Dotted name of every peer's last feature layer, averaged over positions.
+        dimension: Of the two projections.
+
+    Source:
+        Chen et al. 2020, https://arxiv.org/abs/1912.00350, equations 3 to 8. Differs from the
+        authors' code: there logits inside targets get gradient too.
+    """
+
+    def __init__(self, layer: str, dimension: int = 8) -> None:
+        super().__init__()
+        self.layer, self.dimension = layer, dimension
+
+    def layers(self) -> Sequence[str]:
+        """The feature layer."""
+        return (self.layer,)
+
+    def build(self, peers: Sequence[Knowledge]) -> None:
+        """Make the projections, for each width of features its own.
+
+        Raises:
+            ValueError: If there are less than three networks, or the peers' widths differ.
+        """
+        super().build(peers)
+        if len(peers) < 3:
+            raise ValueError(
+                f"Expected at least three networks, two peers and a leader, got {len(peers)}."
+            )
+        widths = {pooled(peer.feature(self.layer)).shape[1] for peer in peers[:-1]}
+        if len(widths) > 1:
+            raise ValueError(
+                f"Expected peers whose layer {self.layer!r} is equally wide, since they share a "
+                f"projection, got widths {sorted(widths)}: choose other peers or another layer."
+            )
+        if not hasattr(self, "left"):
+            (width,) = widths
+            self.left = nn.Linear(width, self.dimension, bias=False)
+            self.right = nn.Linear(width, self.dimension, bias=False)
+
+    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+        """Attended peers for each peer, itself included; all peers equally for the leader."""
+        said = detached(peers[:-1])
+        features = torch.stack([pooled(peer.feature(self.layer)) for peer in said])
+        scores = torch.einsum("abd,cbd->acb", self.left(features), self.right(features))
+        shares = scores.float().softmax(1)
+        indices = tuple(range(len(said)))
+        ensembles = [Ensemble(said, share, "logit", indices) for share in shares]
+        return [*ensembles, mean_of(said, "logit", indices)]

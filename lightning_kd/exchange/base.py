@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Ensemble, Knowledge
+
+
+class Exchange(nn.Module, ABC):
+    """Who teaches whom inside a cohort, and how much each is trusted.
+
+    Every answer that a peer is taught by is detached: peer j's gradient from peer k's loss is zero.
+    Where a gate or attention learns, only its weights keep gradient.
+    """
+
+    def layers(self) -> Sequence[str]:
+        """Layers of every peer whose outputs this exchange reads."""
+        return ()
+
+    def build(self, peers: Sequence[Knowledge]) -> None:
+        """Size itself from a dry run; called once, before the optimizer is made.
+
+        Raises:
+            ValueError: If it does not work for so many peers.
+        """
+        if len(peers) < 2:
+            raise ValueError(
+                f"Expected at least two peers to learn from each other, got {len(peers)}."
+            )
+
+    @abstractmethod
+    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+        """What each peer is taught by.
+
+        Args:
+            peers: What each peer says about the batch, with gradient.
+            target: Labels (B, ...), -1 where unlabelled, or None.
+
+        Returns:
+            One ensemble of detached answers for each peer.
+        """
+
+    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+        """Losses of the exchange itself, scalars by name; called after ``forward``."""
+        return {}
+
+    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+        """The cohort's own answer as log-probabilities, shape (B, K, ...), to be measured."""
+        return mean_of(peers, "probability").log_probabilities()
+
+
+def detached(peers: Sequence[Knowledge]) -> list[Knowledge]:
+    """The same answers without gradient."""
+    return [
+        Knowledge(peer.logits.detach(), {k: v.detach() for k, v in peer.features.items()})
+        for peer in peers
+    ]
+
+
+def mean_of(members: Sequence[Knowledge], space: str, indices: Sequence[int] = ()) -> Ensemble:
+    """Members that count the same."""
+    count = len(members)
+    weights = torch.full((count,), 1 / count, device=members[0].logits.device)
+    return Ensemble(members, weights, space, indices)

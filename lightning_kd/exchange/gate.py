@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.exchange.base import Exchange, detached
+from lightning_kd.functional import combine, pooled, task_cross_entropy
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.ranks import mean_over_labelled
+
+
+class Gate(Exchange):
+    r"""A gate makes one ensemble of all branches, which teaches each of them (ONE).
+
+    .. math:: z_e = \sum_k g_k z_k, \quad g = \mathrm{softmax}(\mathrm{ReLU}(BN(W \bar x))), \quad
+        L = CE(z_e, y) + \sum_k \tau^2 KL(p_e \| p_k)
+
+    The gate reads a layer that all branches share (of a ``MultiBranch`` network), or, of separate
+    networks, the first one's. It learns through the ensemble's cross-entropy alone, together with
+    the branches.
+
+    Args:
+        layer: Dotted name of the layer that the gate reads, averaged over positions.
+        task_weight: Multiplier of the ensemble's cross-entropy.
+
+    Source:
+        Lan et al. 2018, https://arxiv.org/abs/1806.04606, equations 3 to 7.
+    """
+
+    def __init__(self, layer: str, task_weight: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.task_weight = layer, task_weight
+
+    def layers(self) -> Sequence[str]:
+        """The layer that the gate reads."""
+        return (self.layer,)
+
+    def build(self, peers: Sequence[Knowledge]) -> None:
+        """Make the gate."""
+        super().build(peers)
+        if not hasattr(self, "gate"):
+            width, count = pooled(peers[0].feature(self.layer)).shape[1], len(peers)
+            self.gate = nn.Sequential(nn.Linear(width, count), nn.BatchNorm1d(count), nn.ReLU())
+
+    def weights(self, peers: Sequence[Knowledge]) -> Tensor:
+        """Share of each branch in each sample's answer, shape (K, B), with gradient."""
+        scores: Tensor = self.gate(pooled(peers[0].feature(self.layer)))
+        return scores.float().softmax(1).T
+
+    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+        """The gated ensemble, for every branch the same."""
+        self._live = self.weights(peers)
+        ensemble = Ensemble(detached(peers), self._live.detach(), "logit")
+        return [ensemble] * len(peers)
+
+    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+        """Cross-entropy of the gated ensemble, with gradient to gate and branches."""
+        weights, self._live = self._live, torch.empty(0)
+        if target is None:
+            return {"gate": 0.0 * weights.sum()}
+        answer = combine(torch.stack([p.logits for p in peers]), weights, 1.0, "logit")
+        loss = mean_over_labelled(task_cross_entropy(answer, target), target)
+        return {"gate": self.task_weight * loss}
+
+    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+        """The gated ensemble."""
+        return Ensemble(peers, self.weights(peers), "logit").log_probabilities()

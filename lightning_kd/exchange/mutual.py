@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.knowledge import Ensemble, Knowledge
+
+
+class Mutual(Exchange):
+    r"""Every peer learns from all others (deep mutual learning).
+
+    .. math:: \frac{1}{K - 1} \sum_{l \ne k} KL(p_l \| p_k)
+
+    With the loss ``SoftTarget(temperature=1)`` this is the paper's; its variant that averages the
+    others' probabilities into one teacher has the same gradient, so ``space="probability"`` is both.
+    ``space="logit"`` averages logits, which differs.
+
+    Args:
+        space: ``"probability"`` or ``"logit"``: where the others are averaged.
+
+    Source:
+        Zhang et al. 2018, https://arxiv.org/abs/1706.00384, equations 5 to 8.
+    """
+
+    def __init__(self, space: str = "probability") -> None:
+        super().__init__()
+        if space not in ("probability", "logit"):
+            raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+        self.space = space
+
+    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+        """All others, equally."""
+        said = detached(peers)
+        everyone = range(len(peers))
+        return [
+            mean_of(
+                [said[j] for j in everyone if j != k], self.space, [j for j in everyone if j != k]
+            )
+            for k in everyone
+        ]
+
+
+class LeaveOneOut(Mutual):
+    """Every peer learns from the mean of the other peers' logits (collaborative learning, CL-ILR).
+
+    Use it on a ``MultiBranch`` network with ``SoftTarget(temperature=2)``; the network divides the
+    gradient at its split by the number of branches.
+
+    Source:
+        Song & Chai 2018, https://arxiv.org/abs/1805.11761, equations 2 to 4.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("logit")
