@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
-from lightning_kd.modules import Distiller
+from lightning_kd.modules import OneStudent
 
 
 class ExportStudent(Callback):
@@ -47,7 +47,7 @@ class ExportStudent(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, Distiller):
+        if not isinstance(pl_module, OneStudent):
             raise TypeError(
                 f"ExportStudent expected a module of lightning_kd, got {type(pl_module).__name__}."
             )
@@ -66,7 +66,7 @@ class ExportStudent(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Distiller)
+        assert isinstance(pl_module, OneStudent)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -85,7 +85,7 @@ class ExportStudent(Callback):
         self.path = path
         rank_zero_info(f"student: {path}")
 
-    def _export_graphs(self, path: Path, module: Distiller, state: dict[str, Tensor]) -> None:
+    def _export_graphs(self, path: Path, module: OneStudent, state: dict[str, Tensor]) -> None:
         import copy
 
         network = copy.deepcopy(module.student).cpu()
@@ -107,7 +107,7 @@ class ExportStudent(Callback):
             )
 
 
-def best_student(trainer: Trainer, module: Distiller) -> dict[str, Tensor]:
+def best_student(trainer: Trainer, module: OneStudent) -> dict[str, Tensor]:
     """Weights of the student from the best checkpoint of this run, else the present ones."""
     for callback in trainer.checkpoint_callbacks:
         if (
@@ -124,7 +124,7 @@ def best_student(trainer: Trainer, module: Distiller) -> dict[str, Tensor]:
     return module.student.state_dict()
 
 
-def network_spec(module: Distiller) -> dict[str, Any]:
+def network_spec(module: OneStudent) -> dict[str, Any]:
     """How the student is built: ``class_path`` and ``init_args``, null where nobody knows."""
     spec = dict(module.hparams).get("student")
     if spec is not None:  # from the command line

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
 from lightning_kd.callbacks.plot import plot_report
-from lightning_kd.modules import Distiller
+from lightning_kd.modules import OneStudent
 from lightning_kd.teachers import Teacher
 
 LATENCY_RUNS = 20
@@ -76,7 +76,7 @@ class DistillationReport(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, Distiller):
+        if not isinstance(pl_module, OneStudent):
             raise TypeError(
                 f"DistillationReport expected a module of lightning_kd, got "
                 f"{type(pl_module).__name__}."
@@ -101,7 +101,7 @@ class DistillationReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Distiller knows the layout of its batch; slicing here would not
-        assert isinstance(pl_module, Distiller)
+        assert isinstance(pl_module, OneStudent)
         self.samples += len(pl_module.unpack(batch)[0]) * trainer.world_size
 
     @override
@@ -134,7 +134,7 @@ class DistillationReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Distiller)
+        assert isinstance(pl_module, OneStudent)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -155,7 +155,7 @@ class DistillationReport(Callback):
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Distiller)
+        assert isinstance(pl_module, OneStudent)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -185,7 +185,7 @@ class DistillationReport(Callback):
                         return row
         return rows[-1]
 
-    def _measured(self, row: dict[str, Any], split: str, module: Distiller) -> dict[str, Any]:
+    def _measured(self, row: dict[str, Any], split: str, module: OneStudent) -> dict[str, Any]:
         def about(network: nn.Module, prefix: str) -> dict[str, Any]:
             return {
                 "name": _name(network),
@@ -262,7 +262,7 @@ def _name(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _cost(network: nn.Module, module: Distiller) -> dict[str, Any]:
+def _cost(network: nn.Module, module: OneStudent) -> dict[str, Any]:
     """Parameters, floating point operations and milliseconds of one image."""
     floats = (p.dtype for p in network.parameters() if p.is_floating_point())
     dtype = next(floats, torch.float32)  # not float32 under bf16-true and 64-true

@@ -16,6 +16,9 @@ class Exchange(nn.Module, ABC):
     Where a gate or attention learns, only its weights keep gradient.
     """
 
+    #: whether peers may step one after the other: nothing is learned through several at once
+    steps_apart = True
+
     def layers(self) -> Sequence[str]:
         """Layers of every peer whose outputs this exchange reads."""
         return ()
@@ -46,6 +49,12 @@ class Exchange(nn.Module, ABC):
     def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
         """Losses of the exchange itself, scalars by name; called after ``forward``."""
         return {}
+
+    def observe(self, peers: Sequence[Knowledge], target: Tensor) -> None:
+        """See one batch of validation answers."""
+
+    def update(self) -> None:
+        """Learn from what was observed; called at the end of each validation, on all ranks."""
 
     def answer(self, peers: Sequence[Knowledge]) -> Tensor:
         """The cohort's own answer as log-probabilities, shape (B, K, ...), to be measured."""

@@ -29,6 +29,8 @@ class Gate(Exchange):
         Lan et al. 2018, https://arxiv.org/abs/1806.04606, equations 3 to 7.
     """
 
+    steps_apart = False
+
     def __init__(self, layer: str, task_weight: float = 1.0) -> None:
         super().__init__()
         self.layer, self.task_weight = layer, task_weight

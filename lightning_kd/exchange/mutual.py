@@ -13,8 +13,8 @@ class Mutual(Exchange):
 
     .. math:: \frac{1}{K - 1} \sum_{l \ne k} KL(p_l \| p_k)
 
-    With the loss ``SoftTarget(temperature=1)`` this is the paper's; its variant that averages the
-    others' probabilities into one teacher has the same gradient, so ``space="probability"`` is both.
+    With the loss ``SoftTarget(temperature=1)`` this is the paper's. Its variant that averages the
+    others' probabilities into one teacher has the same gradient, so there is no option for it;
     ``space="logit"`` averages logits, which differs.
 
     Args:

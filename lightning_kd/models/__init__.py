@@ -1,5 +1,6 @@
 """Small networks that torchvision lacks, and pretrained weights; importable without Lightning."""
 
+from lightning_kd.models.multi_branch import MultiBranch
 from lightning_kd.models.normalized import Normalized
 from lightning_kd.models.pretrained import pretrained
 from lightning_kd.models.resized import Resized
@@ -17,6 +18,7 @@ from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
     "CifarResNet",
+    "MultiBranch",
     "Normalized",
     "Resized",
     "WideResNet",

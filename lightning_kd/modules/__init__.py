@@ -2,6 +2,8 @@
 
 from lightning_kd.modules.base import Distiller
 from lightning_kd.modules.multi_teacher import MultiTeacher
+from lightning_kd.modules.one_student import OneStudent
+from lightning_kd.modules.peer_cohort import PeerCohort
 from lightning_kd.modules.supervised import Supervised
 
-__all__ = ["Distiller", "MultiTeacher", "Supervised"]
+__all__ = ["Distiller", "MultiTeacher", "OneStudent", "PeerCohort", "Supervised"]

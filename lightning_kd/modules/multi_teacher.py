@@ -4,11 +4,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from lightning_kd.losses import DistillationLoss, SoftTarget
-from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.weighting import Weighting
 
 
-class MultiTeacher(Distiller):
+class MultiTeacher(OneStudent):
     r"""One student learns from labels and from one or more frozen teachers.
 
     .. math:: w_{task} CE(z^S, y) + \sum_i w_i L_i(student, teachers)
@@ -54,7 +54,7 @@ class MultiTeacher(Distiller):
                 "Expected at least one teacher, got none: list networks under `teachers`, or use "
                 "Supervised to learn from labels alone."
             )
-        self.assemble(
+        self.take(
             student,
             teachers,
             [SoftTarget(temperature=4.0, weight=0.9)] if losses is None else losses,

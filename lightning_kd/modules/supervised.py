@@ -3,10 +3,10 @@ from __future__ import annotations
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.one_student import OneStudent
 
 
-class Supervised(Distiller):
+class Supervised(OneStudent):
     """One network learns from labels alone: trains a teacher, or the baseline of a student.
 
     Args:
@@ -28,7 +28,7 @@ class Supervised(Distiller):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.assemble(
+        self.take(
             student,
             label_smoothing=label_smoothing,
             optimizer=optimizer,

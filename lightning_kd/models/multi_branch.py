@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class _Cut(fx.Tracer):
+    """Sees through the modules that hold the named layer, and takes all others as they are."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not self.layer.startswith(module_qualified_name + ".")
+
+
+class _Divide(torch.autograd.Function):
+    """Identity whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0] / ctx.by, None
+
+
+def fresh(network: nn.Module) -> nn.Module:
+    """Build the same architecture with new initial weights."""
+    options = getattr(network, "init_args", None)
+    if isinstance(options, dict) and not any(isinstance(v, nn.Module) for v in options.values()):
+        return type(network)(**options)
+    twin = copy.deepcopy(network)
+    for module in twin.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return twin
+
+
+def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a network behind a named layer into what leads to it and what follows.
+
+    Parameters keep their names and are shared with ``network``.
+
+    Raises:
+        ValueError: If there is no such layer, or a later layer reads something from before the cut.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    if layer not in names:
+        raise ValueError(
+            f"Expected the name of a layer of {type(network).__name__}, got {layer!r}: one of "
+            f"{', '.join(n for n in names if n.count('.') < 2)}."
+        )
+    graph = _Cut(layer).trace(network)
+    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == layer]
+    if len(calls) != 1:
+        raise ValueError(f"Expected layer {layer!r} to be called once, it is {len(calls)} times.")
+    trunk = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    nodes = list(graph.nodes)
+    cut = nodes.index(calls[0])
+    for node in nodes[: cut + 1]:
+        copied[node] = trunk.node_copy(node, lambda n: copied[n])
+    trunk.output(copied[calls[0]])
+    branch = fx.Graph()
+    behind: dict[fx.Node, fx.Node] = {calls[0]: branch.placeholder("features")}
+
+    def find(node: fx.Node) -> fx.Node:
+        if node not in behind:
+            raise ValueError(
+                f"Expected everything behind layer {layer!r} to read from it alone, but "
+                f"{node.name!r} from before it is read too: cut at another layer."
+            )
+        return behind[node]
+
+    for node in nodes[cut + 1 :]:
+        behind[node] = branch.node_copy(node, find)
+    return fx.GraphModule(network, trunk), fx.GraphModule(network, branch)
+
+
+class MultiBranch(nn.Module):
+    """Several networks that share everything up to a layer.
+
+    The trunk runs once. Each branch is as the given network behind the cut, with initial weights of
+    its own; trunk and one branch together have the parameters of the given network, by name, which
+    is how a branch is exported.
+
+    Args:
+        network: Any network that ``torch.fx`` can trace down to the cut.
+        layer: Dotted name of the last shared layer.
+        branches: How many, at least 2.
+        scale_gradient: Divide the gradient at the cut by the number of branches, so that the trunk
+            gets their mean instead of their sum.
+
+    Raises:
+        ValueError: If the layer does not exist or the network cannot be cut there.
+
+    Source:
+        Lan et al. 2018 (ONE), https://arxiv.org/abs/1806.04606; Song & Chai 2018 (CL-ILR),
+        https://arxiv.org/abs/1805.11761, section 3.2 (scaling).
+    """
+
+    def __init__(
+        self, network: nn.Module, layer: str, branches: int = 3, scale_gradient: bool = False
+    ) -> None:
+        super().__init__()
+        if branches < 2:
+            raise ValueError(f"Expected at least 2 branches, got {branches}.")
+        self.init_args = {
+            "network": network, "layer": layer, "branches": branches,
+            "scale_gradient": scale_gradient,
+        }  # fmt: skip
+        self.trunk, first = split_at(network, layer)
+        others = (split_at(fresh(network), layer)[1] for _ in range(branches - 1))
+        self.branches = nn.ModuleList([first, *others])
+        self.layer, self.scale_gradient = layer, scale_gradient
+        self._plain = (network,)  # a tuple: it shares its parameters and is not registered twice
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Output of the trunk for images (B, C, H, W)."""
+        return self.scaled(self.trunk(x))
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Trunk's output, with its gradient divided if asked for."""
+        if self.scale_gradient:
+            features = _Divide.apply(features, float(len(self.branches)))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean probabilities of all branches as logits, shape (B, K)."""
+        features = self.shared(x)
+        answers = torch.stack([branch(features) for branch in self.branches])
+        return answers.log_softmax(2).logsumexp(0)
+
+    def branch_state(self, index: int) -> dict[str, Tensor]:
+        """Weights of trunk and one branch, under the names of the given network."""
+        return {**self.trunk.state_dict(), **self.branches[index].state_dict()}
+
+    @property
+    def plain(self) -> nn.Module:
+        """The given network, whose architecture each branch has; its weights are branch 0's."""
+        return self._plain[0]

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_kd.exchange import Exchange, Mutual
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses import DistillationLoss, SoftTarget
+from lightning_kd.losses.base import by_name
+from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.dry_run import ask
+from lightning_kd.modules.measure import make_cohort_metrics, update_cohort_metrics
+from lightning_kd.modules.peers import Peers
+
+Update = Literal["simultaneous", "sequential"]
+
+
+class PeerCohort(Distiller):
+    r"""Untrained networks learn together, each from the labels and from its peers.
+
+    .. math:: \sum_k \Big[ w_{task} CE(z_k, y) + w(t) \sum_i w_i L_i(k, peers) \Big]
+
+    What a peer teaches is detached, so this one sum, minimised by one optimizer with one group of
+    parameters for each peer, is the simultaneous update of all peers by optimizers of their own
+    (but clipping the norm of all gradients couples them).
+
+    Args:
+        peers: Two or more networks of the same classes, of any sizes and architectures, or exactly
+            one ``lightning_kd.models.MultiBranch``.
+        exchange: Who teaches whom; ``null``: ``Mutual``, every peer learns from all others.
+        losses: What is transferred, each with its weight; every peer gets its own copy. ``null``:
+            ``SoftTarget`` at temperature 1 (deep mutual learning).
+        update: ``"simultaneous"``: one forward pass of each peer, all step together.
+            ``"sequential"``: peers step one after the other, and each one's answer is refreshed
+            after its step, as the paper's algorithm 1 has it (2 K - 1 forward passes).
+        view: A random transform of a batch of images, drawn anew for each peer; ``null``: all
+            peers see the same images. Branches share one view.
+        task_weight: Multiplier of the cross-entropy with the labels; labels of -1 are left out.
+        label_smoothing: Probability mass spread over all classes, in [0, 1).
+        optimizer: ``null``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
+        scheduler: Learning rate schedule; ``null``: constant.
+        scheduler_interval: ``"epoch"`` or ``"step"``: when the schedule moves.
+        clip_norm: Clip each peer's gradient to this norm, by itself; ``null``: not. (The Trainer's
+            option would couple the peers, and does not exist for the sequential update.)
+        num_classes: Of the data, checked against the networks; the command line fills it in.
+
+    Raises:
+        ValueError: If there are less than two peers, they share weights, or the exchange and the
+            update do not go together.
+
+    Source:
+        Zhang et al. 2018 (DML), https://arxiv.org/abs/1706.00384, equations 4 to 8 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        peers: list[nn.Module],
+        exchange: Exchange | None = None,
+        losses: list[DistillationLoss] | None = None,
+        update: Update = "simultaneous",
+        view: nn.Module | None = None,
+        task_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: str = "epoch",
+        clip_norm: float | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.assemble(
+            inspect.currentframe(),
+            task_weight,
+            label_smoothing,
+            optimizer,
+            scheduler,
+            scheduler_interval,
+            num_classes,
+        )
+        self.peers = Peers(peers)
+        self.exchange = exchange or Mutual()
+        if len(self.peers) < 2:
+            raise ValueError(
+                f"Expected at least two peers (or one MultiBranch), got {len(self.peers)}."
+            )
+        if update not in ("simultaneous", "sequential"):
+            raise ValueError(f'Expected update "simultaneous" or "sequential", got {update!r}.')
+        if update == "sequential" and (self.peers.branching or not self.exchange.steps_apart):
+            raise ValueError(
+                f'Expected update="simultaneous" with {type(self.exchange).__name__} on '
+                f"{'branches' if self.peers.branching else 'networks'}: peers that share "
+                f"parameters, or whose exchange learns through all of them, cannot step apart."
+            )
+        given = [SoftTarget(temperature=1.0)] if losses is None else losses
+        self.losses = nn.ModuleList(
+            nn.ModuleDict(by_name([copy.deepcopy(loss) for loss in given])) for _ in self.names
+        )
+        self.update, self.view, self.clip_norm = update, view, clip_norm
+        self.automatic_optimization = update == "simultaneous" and clip_norm is None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the peers in the log."""
+        return [f"peer_{k}" for k in range(len(self.peers))]
+
+    # ------------------------------------------------------------------ what a subclass overrides
+
+    def look(self, x: Tensor) -> list[Tensor]:
+        """What each peer sees of images (B, C, H, W)."""
+        if self.view is None:
+            return [x] * len(self.peers)
+        if self.peers.branching:
+            return [self.view(x)] * len(self.peers)
+        return [self.view(x) for _ in self.names]
+
+    def step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Compute the weighted terms of all peers' losses by name, each a scalar."""
+        peers = self.peers(self.look(x))
+        terms: dict[str, Tensor] = {}
+        for k, teachers in enumerate(self.exchange(peers, target)):
+            terms |= self.terms_of(k, peers[k], teachers, target)
+        return terms | self.exchange.terms(peers, target)
+
+    def terms_of(
+        self, k: int, peer: Knowledge, teachers: Ensemble, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Weighted terms of one peer's loss by name."""
+        terms = {}
+        if target is not None and self.task_weight:
+            value = self.task_loss(peer.logits, target)
+            terms[f"peer_{k}/task"] = self.task_weight * value
+        losses = self.losses[k]
+        assert isinstance(losses, nn.ModuleDict)
+        for name, loss in losses.items():
+            assert isinstance(loss, DistillationLoss)
+            terms[f"peer_{k}/{name}"] = loss.weight * loss(peer, teachers, target)
+        return terms
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the dry run has been made."""
+        return self.peers.prepared
+
+    def trained(self) -> Sequence[nn.Module]:
+        """Peers, adapters, and what the exchange learns."""
+        return (self.peers, self.losses, self.exchange)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The cohort's answer as log-probabilities (B, K) for images (B, C, H, W)."""
+        return self.exchange.answer(self.peers([x] * len(self.peers)))
+
+    def prepare(self, x: Tensor) -> None:
+        """Size adapters and metrics from a dry run on images (B, C, H, W); once.
+
+        Raises:
+            ValueError: If a network cannot take these images, a layer does not exist, or the
+                numbers of classes differ.
+        """
+        if self.prepared:
+            return
+        first = self.losses[0]
+        assert isinstance(first, nn.ModuleDict)
+        layers = list(self.exchange.layers())
+        for loss in first.values():
+            assert isinstance(loss, DistillationLoss)
+            layers += loss.student_layers()
+            layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
+        self.peers.listen(list(dict.fromkeys(layers)))
+        said: list[Knowledge] = []
+
+        def answer(images: Tensor) -> Knowledge:
+            said.extend(self.peers([images] * len(self.peers)))
+            return said[0]
+
+        ask("a peer", self.peers, answer, x)
+        counts = [peer.logits.shape[1] for peer in said]
+        wanted = self.num_classes or counts[0]
+        if set(counts) != {wanted}:
+            raise ValueError(
+                f"Expected peers of {wanted} classes, got {counts}: set num_classes of each."
+            )
+        self.exchange.build(said)
+        for losses, peer in zip(self.losses, said, strict=True):
+            assert isinstance(losses, nn.ModuleDict)
+            for loss in losses.values():
+                assert isinstance(loss, DistillationLoss)
+                loss.build(peer, said)
+        self.losses.to(x.device)
+        self.exchange.to(x.device)
+        self.input_shape = tuple(x.shape[1:])
+        self.metrics = nn.ModuleDict(
+            {s: make_cohort_metrics(counts[0], len(self.peers), s) for s in ("val", "test")}
+        )
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Dry run on the shape of the data, before the optimizer is made."""
+        super().setup(stage)
+        self.peers.hook()
+
+    def on_fit_start(self) -> None:
+        """Find layers again, where some were replaced."""
+        super().on_fit_start()
+        self.peers.hook()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One step of every peer; returns the named terms, detached for callbacks."""
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        x, target = self.unpack(batch)
+        optimizer: Any = self.optimizers()
+        if self.update == "simultaneous":
+            terms = self.step(x, target)
+            self._advance(optimizer, terms, range(len(self.peers)))
+        else:
+            terms = self._one_after_the_other(optimizer, x, target)
+        self._advance_schedule()
+        return self.note(terms, len(x))
+
+    def _one_after_the_other(
+        self, optimizer: Any, x: Tensor, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        views = self.look(x)
+        peers = self.peers(views)
+        terms: dict[str, Tensor] = {}
+        for k in range(len(peers)):
+            teachers = self.exchange(peers, target)[k]
+            mine = self.terms_of(k, peers[k], teachers, target)
+            self._advance(optimizer, mine, [k])
+            terms |= mine
+            if k + 1 < len(peers):
+                peers[k] = self.peers.refresh(k, views[k])
+        return terms
+
+    def _advance(self, optimizer: Any, terms: dict[str, Tensor], stepping: Sequence[int]) -> None:
+        """Backward and one optimizer step; peers without gradient stay where they are."""
+        optimizer.zero_grad()
+        self.manual_backward(torch.stack(list(terms.values())).sum())
+        if self.clip_norm is not None:
+            for k in stepping:
+                nn.utils.clip_grad_norm_(self.peers.networks[k].parameters(), self.clip_norm)
+        optimizer.step()
+
+    def _advance_schedule(self) -> None:
+        schedulers = self.lr_schedulers()
+        if schedulers is None:
+            return
+        last = self.trainer.is_last_batch
+        if self._scheduler_interval == "step" or last:
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                scheduler.step()  # type: ignore[call-arg]
+
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Measure every peer, the cohort's answer, and how far peers agree."""
+        x, target = self.unpack(batch)
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, MetricCollection)
+        peers = self.peers([x] * len(self.peers))
+        answer = self.exchange.answer(peers)
+        if self.trainer.sanity_checking:
+            return  # its batches come again in the first epoch and must not count twice
+        update_cohort_metrics(metrics, peers, answer, target)
+        if target is not None and stage == "val":
+            self.exchange.observe(peers, target)
+        self.log_metrics(metrics, f"{stage}/ensemble/accuracy")
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the exchange learn from what validation showed."""
+        if not self.trainer.sanity_checking:
+            self.exchange.update()

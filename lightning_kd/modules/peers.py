@@ -1,0 +1,121 @@
+"""The networks of a cohort, whether separate or branches of one, behind one face."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.adapters import Tap
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.models import MultiBranch
+
+
+@contextlib.contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use a batch's statistics, but not learn from them."""
+    norms = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Peers(nn.Module):
+    """Several networks, or one ``MultiBranch``, asked together.
+
+    Args:
+        networks: Two or more networks, or exactly one ``MultiBranch``.
+
+    Raises:
+        ValueError: If two of them share weights.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.branching = len(networks) == 1 and isinstance(networks[0], MultiBranch)
+        owners: dict[int, int] = {}
+        for index, network in enumerate(networks):
+            for p in network.parameters():
+                if owners.setdefault(p.data_ptr(), index) != index:
+                    raise ValueError(
+                        f"Expected peers to be separate networks, but peers "
+                        f"{owners[p.data_ptr()]} and {index} share weights: build each anew."
+                    )
+        self._taps: list[Tap] = []
+        self._trunk: Tap | None = None
+
+    def __len__(self) -> int:
+        return len(self.branch.branches) if self.branching else len(self.networks)
+
+    @property
+    def branch(self) -> MultiBranch:
+        """The one network of branches."""
+        network = self.networks[0]
+        assert isinstance(network, MultiBranch)
+        return network
+
+    def listen(self, layers: Sequence[str]) -> None:
+        """Record the outputs of these layers of every peer.
+
+        Raises:
+            ValueError: If a layer does not exist.
+        """
+        for tap in self._taps:
+            tap.remove()
+        if self.branching:
+            shared = {name for name, _ in self.branch.trunk.named_modules()}
+            before = [layer for layer in layers if layer in shared]
+            behind = [layer for layer in layers if layer not in shared]
+            self._trunk = Tap(self.branch.trunk, before)
+            self._taps = [Tap(branch, behind) for branch in self.branch.branches]
+        else:
+            self._taps = [Tap(network, layers) for network in self.networks]
+
+    def hook(self) -> None:
+        """Hook the layers again, where some were replaced."""
+        for tap in [*self._taps, *([self._trunk] if self._trunk else [])]:
+            tap.hook()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether ``listen`` was called."""
+        return bool(self._taps)
+
+    def forward(self, views: Sequence[Tensor]) -> list[Knowledge]:
+        """Ask every peer.
+
+        Args:
+            views: Images (B, C, H, W) for each peer; branches share the first.
+        """
+        if not self.branching:
+            return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
+        assert self._trunk is not None
+        shared = self._trunk(views[0])
+        features = self.branch.scaled(shared.logits)
+        answers = []
+        for tap in self._taps:
+            said = tap(features)
+            answers.append(Knowledge(said.logits, {**shared.features, **said.features}))
+        return answers
+
+    def refresh(self, index: int, x: Tensor) -> Knowledge:
+        """Ask one peer again after its step, for what it teaches: no gradient, no statistics."""
+        with torch.no_grad(), frozen_statistics(self.networks[index]):
+            return self._taps[index](x)
+
+    def state(self, index: int) -> dict[str, Tensor]:
+        """Weights of one peer, under the names of its own architecture."""
+        if self.branching:
+            return self.branch.branch_state(index)
+        return self.networks[index].state_dict()
