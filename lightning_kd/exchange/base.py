@@ -34,8 +34,19 @@ class Exchange(nn.Module, ABC):
                 f"Expected at least two peers to learn from each other, got {len(peers)}."
             )
 
+    def attach(self, peers: nn.Module) -> None:
+        """Reach the networks themselves; called once, before ``build``.
+
+        Do not register them: they would be saved twice.
+        """
+
+    def before(self, views: Sequence[Tensor]) -> None:
+        """See what each peer is about to see, images (B, C, H, W)."""
+
     @abstractmethod
-    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+    def forward(
+        self, peers: Sequence[Knowledge], target: Tensor | None
+    ) -> Sequence[Ensemble | None]:
         """What each peer is taught by.
 
         Args:
@@ -43,12 +54,15 @@ class Exchange(nn.Module, ABC):
             target: Labels (B, ...), -1 where unlabelled, or None.
 
         Returns:
-            One ensemble of detached answers for each peer.
+            One ensemble of detached answers for each peer; None: nobody teaches it now.
         """
 
     def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
         """Losses of the exchange itself, scalars by name; called after ``forward``."""
         return {}
+
+    def after_step(self, peers: nn.Module) -> None:
+        """See the peers' networks after each optimizer step of all of them."""
 
     def observe(self, peers: Sequence[Knowledge], target: Tensor) -> None:
         """See one batch of validation answers."""

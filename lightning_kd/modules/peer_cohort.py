@@ -122,22 +122,26 @@ class PeerCohort(Distiller):
 
     def step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Compute the weighted terms of all peers' losses by name, each a scalar."""
-        peers = self.peers(self.look(x))
+        views = self.look(x)
+        self.exchange.before(views)
+        peers = self.peers(views)
         terms: dict[str, Tensor] = {}
         for k, teachers in enumerate(self.exchange(peers, target)):
             terms |= self.terms_of(k, peers[k], teachers, target)
         return terms | self.exchange.terms(peers, target)
 
     def terms_of(
-        self, k: int, peer: Knowledge, teachers: Ensemble, target: Tensor | None
+        self, k: int, peer: Knowledge, teachers: Ensemble | None, target: Tensor | None
     ) -> dict[str, Tensor]:
         """Weighted terms of one peer's loss by name."""
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if target is not None and self.task_weight:
             value = self.task_loss(peer.logits, target)
             terms[f"peer_{k}/task"] = self.task_weight * value
         losses = self.losses[k]
         assert isinstance(losses, nn.ModuleDict)
+        if teachers is None:
+            return terms
         for name, loss in losses.items():
             assert isinstance(loss, DistillationLoss)
             terms[f"peer_{k}/{name}"] = loss.weight * loss(peer, teachers, target)
@@ -188,6 +192,7 @@ class PeerCohort(Distiller):
             raise ValueError(
                 f"Expected peers of {wanted} classes, got {counts}: set num_classes of each."
             )
+        self.exchange.attach(self.peers)
         self.exchange.build(said)
         for losses, peer in zip(self.losses, said, strict=True):
             assert isinstance(losses, nn.ModuleDict)
@@ -231,6 +236,7 @@ class PeerCohort(Distiller):
         self, optimizer: Any, x: Tensor, target: Tensor | None
     ) -> dict[str, Tensor]:
         views = self.look(x)
+        self.exchange.before(views)
         peers = self.peers(views)
         terms: dict[str, Tensor] = {}
         for k in range(len(peers)):
@@ -259,6 +265,10 @@ class PeerCohort(Distiller):
         if self._scheduler_interval == "step" or last:
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()  # type: ignore[call-arg]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the exchange see the peers after their step."""
+        self.exchange.after_step(self.peers)
 
     def evaluate(self, batch: Any, stage: str) -> None:
         """Measure every peer, the cohort's answer, and how far peers agree."""

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kd.exchange.base import Exchange, mean_of
+from lightning_kd.exchange.shadow import Shadow
+from lightning_kd.knowledge import Ensemble, Knowledge
+
+
+class Codistillation(Exchange):
+    """Every peer learns from snapshots of the others, which are renewed every so many steps.
+
+    Stale teachers are as good as fresh ones, so that peers on machines of their own need to send
+    their weights only now and then.
+
+    Args:
+        refresh_every: Steps between two snapshots, >= 1.
+        burn_in: Steps in which peers learn from the labels alone, >= 0.
+        space: ``"probability"`` or ``"logit"``: where the others are averaged.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Anil et al. 2018, https://arxiv.org/abs/1804.03235, algorithm 1.
+    """
+
+    def __init__(
+        self, refresh_every: int = 50, burn_in: int = 0, space: str = "probability"
+    ) -> None:
+        super().__init__()
+        if refresh_every < 1 or burn_in < 0:
+            raise ValueError(
+                f"Expected refresh_every >= 1 and burn_in >= 0, got {refresh_every} and {burn_in}."
+            )
+        if space not in ("probability", "logit"):
+            raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+        self.refresh_every, self.burn_in, self.space = refresh_every, burn_in, space
+        self.steps = 0
+        self._said: list[Knowledge] = []
+
+    def attach(self, peers: nn.Module) -> None:
+        """Take the first snapshot."""
+        if not hasattr(self, "shadow"):
+            self.shadow = Shadow(peers)
+
+    def before(self, views: Sequence[Tensor]) -> None:
+        """Ask the snapshots."""
+        self._said = [] if self.steps < self.burn_in else self.shadow(views)
+
+    def forward(
+        self, peers: Sequence[Knowledge], target: Tensor | None
+    ) -> Sequence[Ensemble | None]:
+        """Snapshots of all others, equally; nobody during the burn-in."""
+        if not self._said:
+            return [None] * len(peers)
+        everyone = range(len(peers))
+        return [
+            mean_of(
+                [self._said[j] for j in everyone if j != k],
+                self.space,
+                [j for j in everyone if j != k],
+            )
+            for k in everyone
+        ]
+
+    def after_step(self, peers: nn.Module) -> None:
+        """Count the step, and renew the snapshots when it is time."""
+        self.steps += 1
+        self._said = []
+        # the first teachers are those of the end of the burn-in
+        if self.steps == self.burn_in or self.steps % self.refresh_every == 0:
+            self.shadow.follow(peers)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Number of steps so far, for the checkpoint."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on after that many steps."""
+        self.steps = state["steps"]

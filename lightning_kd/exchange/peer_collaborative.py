@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.exchange.base import Exchange
+from lightning_kd.exchange.shadow import Shadow
+from lightning_kd.functional import pooled, task_cross_entropy
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.ranks import mean_over_labelled
+
+
+class PeerCollaborative(Exchange):
+    r"""Peers learn from a classifier on all features and from moving averages of each other (PCL).
+
+    .. math:: CE(z_e, y) + \sum_k \tau^2 [KL(z_e \| z_k) +
+        \overline{KL(\tilde z_j \| z_k)}_{j \ne k}]
+
+    Both teachers of a peer count one half here, so the loss ``SoftTarget`` of weight 2 gives the
+    paper's sum.
+
+    Args:
+        layer: Dotted name of every peer's last feature layer, averaged over positions.
+        decay: Of the moving averages, in [0, 1); smaller during the first steps.
+
+    Raises:
+        ValueError: If the decay is out of range.
+
+    Source:
+        Wu & Gong 2021, https://arxiv.org/abs/2006.04147, equations 2 to 7. The paper shows each
+        peer an augmentation of its own: ``PeerCohort(view=...)``.
+    """
+
+    steps_apart = False
+
+    def __init__(self, layer: str, decay: float = 0.999) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"Expected decay in [0, 1), got {decay}.")
+        self.layer, self.decay = layer, decay
+        self._said: list[Knowledge] = []
+        self.steps = 0
+
+    def layers(self) -> Sequence[str]:
+        """The feature layer."""
+        return (self.layer,)
+
+    def attach(self, peers: nn.Module) -> None:
+        """Start the moving averages."""
+        if not hasattr(self, "shadow"):
+            self.shadow = Shadow(peers)
+
+    def build(self, peers: Sequence[Knowledge]) -> None:
+        """Make the classifier on all peers' features."""
+        super().build(peers)
+        if not hasattr(self, "classify"):
+            width = sum(pooled(peer.feature(self.layer)).shape[1] for peer in peers)
+            self.classify = nn.Linear(width, peers[0].logits.shape[1])
+
+    def joint(self, peers: Sequence[Knowledge]) -> Tensor:
+        """Logits of the classifier on all features, shape (B, K), with gradient."""
+        features = torch.cat([pooled(peer.feature(self.layer)) for peer in peers], 1)
+        logits: Tensor = self.classify(features)
+        return logits
+
+    def before(self, views: Sequence[Tensor]) -> None:
+        """Ask the moving averages."""
+        self._said = self.shadow(views)
+
+    def forward(
+        self, peers: Sequence[Knowledge], target: Tensor | None
+    ) -> Sequence[Ensemble | None]:
+        """The joint classifier, and the moving averages of all others."""
+        self._live = self.joint(peers)
+        joint, count = Knowledge(self._live.detach()), len(peers)
+        shares = torch.full((count,), 0.5 / (count - 1), device=self._live.device)
+        shares[0] = 0.5
+        return [
+            Ensemble([joint, *(s for j, s in enumerate(self._said) if j != k)], shares)
+            for k in range(count)
+        ]
+
+    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+        """Cross-entropy of the joint classifier, with gradient to it and to all peers."""
+        logits, self._live, self._said = self._live, torch.empty(0), []
+        if target is None:
+            return {"joint/task": 0.0 * logits.sum()}
+        return {"joint/task": mean_over_labelled(task_cross_entropy(logits, target), target)}
+
+    def after_step(self, peers: nn.Module) -> None:
+        """Move the averages; the true mean of the first steps before the decay takes over."""
+        self.steps += 1
+        decay = min(self.decay, 1 - 1 / (self.steps + 1))
+        self.shadow.follow(peers, decay)
+
+    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+        """The joint classifier."""
+        return self.joint(peers).log_softmax(1)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Number of steps so far, for the checkpoint."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on after that many steps."""
+        self.steps = state["steps"]

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Knowledge
+
+
+class Shadow(nn.Module):
+    """A frozen copy of a cohort's networks, always in eval mode, that follows them at a distance.
+
+    It is part of the checkpoint, since a resumed run must go on with the same copy.
+
+    Args:
+        peers: The cohort's networks; called with the images of each, it gives their ``Knowledge``.
+    """
+
+    def __init__(self, peers: nn.Module) -> None:
+        super().__init__()
+        self.peers = copy.deepcopy(peers).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Shadow:
+        """Stay in eval mode, whatever the module around it does."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, views: Sequence[Tensor]) -> list[Knowledge]:
+        """What the copies say of images (B, C, H, W), without gradient."""
+        said: list[Knowledge] = self.peers(views)
+        return said
+
+    @torch.no_grad()
+    def follow(self, peers: nn.Module, decay: float = 0.0) -> None:
+        """Move to ``decay`` times what it was plus the rest of what the peers are; 0: copy them."""
+        mine = [*self.peers.parameters(), *self.peers.buffers()]
+        theirs = [*peers.parameters(), *peers.buffers()]
+        for own, new in zip(mine, theirs, strict=True):
+            if decay and own.is_floating_point():
+                own.lerp_(new, 1 - decay)
+            else:
+                own.copy_(new)
