@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_kd.cli import main
     from lightning_kd.knowledge import Ensemble, Knowledge
-    from lightning_kd.modules import Distiller, MultiTeacher, Supervised
+    from lightning_kd.modules import Distiller, MultiTeacher, PeerCohort, Supervised
     from lightning_kd.teachers import Teacher
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ _HOMES = {
     "Ensemble": "knowledge",
     "Knowledge": "knowledge",
     "MultiTeacher": "modules",
+    "PeerCohort": "modules",
     "Supervised": "modules",
     "Teacher": "teachers",
     "main": "cli",
@@ -29,6 +30,7 @@ __all__ = [
     "Ensemble",
     "Knowledge",
     "MultiTeacher",
+    "PeerCohort",
     "Supervised",
     "Teacher",
     "main",

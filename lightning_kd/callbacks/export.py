@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
-from lightning_kd.modules import OneStudent
+from lightning_kd.modules import Distiller
 
 
 class ExportStudent(Callback):
@@ -21,7 +21,8 @@ class ExportStudent(Callback):
 
     ``student.safetensors`` holds the weights, ``student.json`` how the network is built;
     ``lightning_kd.models.pretrained("student.safetensors")`` puts them together. The best student
-    is that of the first ``ModelCheckpoint`` that monitors something, else the last.
+    is that of the first ``ModelCheckpoint`` that monitors something, else the last. Of a cohort
+    every peer is written (``peer_0.safetensors`` ...), and the most accurate one as the student.
 
     Args:
         folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
@@ -47,7 +48,7 @@ class ExportStudent(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, OneStudent):
+        if not isinstance(pl_module, Distiller):
             raise TypeError(
                 f"ExportStudent expected a module of lightning_kd, got {type(pl_module).__name__}."
             )
@@ -66,29 +67,40 @@ class ExportStudent(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, OneStudent)
+        assert isinstance(pl_module, Distiller)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        path = folder / "student.safetensors"
-        state = {
-            k: v.detach().cpu().contiguous() for k, v in best_student(trainer, pl_module).items()
-        }
-        write_atomically(path, save(_unshared(state)))
-        spec = network_spec(pl_module) | {
-            "input_shape": list(pl_module.input_shape or ()),
-            "num_classes": pl_module.num_classes,
-        }
-        write_atomically(path.with_suffix(".json"), json.dumps(spec, indent=2).encode() + b"\n")
+        state, accuracies = best_state(trainer, pl_module)
+        networks = pl_module.learners()
+        best = pl_module.best_learner(accuracies)
+        # of several learners each has a file, and the best one is the student
+        for name, network in [*networks.items(), ("student", networks[best])]:
+            learner = name if name in networks else best
+            weights = {
+                k: v.detach().cpu().contiguous()
+                for k, v in pl_module.learner_state(learner, state).items()
+            }
+            path = folder / f"{name}.safetensors"
+            write_atomically(path, save(_unshared(weights)))
+            spec = network_spec(pl_module.learner_config(learner), network) | {
+                "input_shape": list(pl_module.input_shape or ()),
+                "num_classes": pl_module.num_classes,
+            }
+            content = json.dumps(spec, indent=2).encode() + b"\n"
+            write_atomically(path.with_suffix(".json"), content)
         if self.formats:
-            self._export_graphs(path, pl_module, state)
+            self._export_graphs(path, networks[best], pl_module, weights)
         self.path = path
-        rank_zero_info(f"student: {path}")
+        kept = "" if best == "student" else f" ({best} of {len(networks)})"
+        rank_zero_info(f"student: {path}{kept}")
 
-    def _export_graphs(self, path: Path, module: OneStudent, state: dict[str, Tensor]) -> None:
+    def _export_graphs(
+        self, path: Path, learner: nn.Module, module: Distiller, state: dict[str, Tensor]
+    ) -> None:
         import copy
 
-        network = copy.deepcopy(module.student).cpu()
+        network = copy.deepcopy(learner).cpu()
         network.load_state_dict(state)
         network.float().eval()  # whoever loads the graph expects float32
         example = (torch.zeros(2, *(module.input_shape or ())),)
@@ -107,29 +119,25 @@ class ExportStudent(Callback):
             )
 
 
-def best_student(trainer: Trainer, module: OneStudent) -> dict[str, Tensor]:
-    """Weights of the student from the best checkpoint of this run, else the present ones."""
+def best_state(trainer: Trainer, module: Distiller) -> tuple[dict[str, Tensor], list[float]]:
+    """State of the best checkpoint of this run, else the present one, and its accuracies."""
     for callback in trainer.checkpoint_callbacks:
         if (
             isinstance(callback, ModelCheckpoint)
             and callback.monitor
             and Path(callback.best_model_path).is_file()
         ):
-            state = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            return {
-                k.removeprefix("student."): v
-                for k, v in state["state_dict"].items()
-                if k.startswith("student.")
-            }
-    return module.student.state_dict()
+            saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            return saved["state_dict"], saved.get("accuracies", [])
+    return module.state_dict(), module.learner_accuracies()
 
 
-def network_spec(module: OneStudent) -> dict[str, Any]:
-    """How the student is built: ``class_path`` and ``init_args``, null where nobody knows."""
-    spec = dict(module.hparams).get("student")
-    if spec is not None:  # from the command line
-        return {"class_path": spec["class_path"], "init_args": _plain(spec.get("init_args") or {})}
-    return _spec_of(module.student)
+def network_spec(config: Any, network: nn.Module) -> dict[str, Any]:
+    """How a network is built: ``class_path`` and ``init_args``, null where nobody knows."""
+    if config is not None:  # from the command line
+        arguments = _plain(config.get("init_args") or {})
+        return {"class_path": config["class_path"], "init_args": arguments}
+    return _spec_of(network)
 
 
 def _spec_of(network: nn.Module) -> dict[str, Any]:

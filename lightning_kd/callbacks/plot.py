@@ -31,14 +31,20 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         points = [(e, row[key]) for e, row in zip(epochs, history, strict=True) if key in row]
         return [p[0] for p in points], [p[1] for p in points]
 
-    for key in sorted({k for row in history for k in row if k.startswith("train/")}):
+    logged = sorted({k for row in history for k in row})
+    for key in (k for k in logged if k.startswith("train/") and "/trust_" not in k):
         losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
     if any(key == "val/loss" for row in history for key in row):
         losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
     losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from", yscale="log")
-    losses.legend()
+    losses.legend(fontsize="small")
     drawn = False
-    for key, label in (("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")):
+    curves = [("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")]
+    curves += [
+        (f"val/peer_{index}/accuracy", f"peer {index}: {peer['name']}")
+        for index, peer in enumerate(report.get("peers", []))
+    ]
+    for key, label in curves:
         x, y = series(key)
         if x:
             accuracies.plot(x, [100 * v for v in y], marker=".", label=label)
@@ -52,8 +58,10 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
                 color=f"C{index + 2}",
                 label=f"teacher {index}: {teacher['name']}",
             )
-    _, y = series("val/ensemble/accuracy")
-    if y:
+    x, y = series("val/ensemble/accuracy")
+    if y and "peers" in report:  # it learns, where an ensemble of teachers does not
+        accuracies.plot(x, [100 * v for v in y], "k--", label="the cohort together")
+    elif y:
         accuracies.axhline(100 * y[-1], color="black", linestyle="--", label="ensemble")
     accuracies.set(xlabel="epoch", ylabel="validation accuracy in %", title="What is known")
     if drawn:

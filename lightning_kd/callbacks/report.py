@@ -1,28 +1,23 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import platform
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from lightning_kd.callbacks.cost import cost_of, name_of
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
 from lightning_kd.callbacks.plot import plot_report
-from lightning_kd.modules import OneStudent
+from lightning_kd.modules import Distiller, OneStudent
 from lightning_kd.teachers import Teacher
-
-LATENCY_RUNS = 20
 
 
 class DistillationReport(Callback):
@@ -34,6 +29,8 @@ class DistillationReport(Callback):
     are measured on: ``val`` after ``fit``, ``test`` after ``test``), ``epoch``, ``seconds``,
     ``samples_per_second`` of training, ``seed``, ``versions``, ``config`` (path of the saved
     configuration) and ``history`` (what was logged, epoch by epoch). What was not measured is null.
+    Of a cohort ``peers`` lists every network, ``student`` is the most accurate of them (``peer``
+    says which), and ``agreement`` holds that of each pair, ``{"0_1": ...}``.
     After ``fit`` the accuracies are those of the epoch that the first monitoring
     ``ModelCheckpoint`` calls best (which ``ExportStudent`` exports), else of the last.
 
@@ -76,7 +73,7 @@ class DistillationReport(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, OneStudent):
+        if not isinstance(pl_module, Distiller):
             raise TypeError(
                 f"DistillationReport expected a module of lightning_kd, got "
                 f"{type(pl_module).__name__}."
@@ -101,7 +98,7 @@ class DistillationReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Distiller knows the layout of its batch; slicing here would not
-        assert isinstance(pl_module, OneStudent)
+        assert isinstance(pl_module, Distiller)
         self.samples += len(pl_module.unpack(batch)[0]) * trainer.world_size
 
     @override
@@ -134,7 +131,7 @@ class DistillationReport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, OneStudent)
+        assert isinstance(pl_module, Distiller)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -155,7 +152,7 @@ class DistillationReport(Callback):
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, OneStudent)
+        assert isinstance(pl_module, Distiller)
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
@@ -185,24 +182,42 @@ class DistillationReport(Callback):
                         return row
         return rows[-1]
 
-    def _measured(self, row: dict[str, Any], split: str, module: OneStudent) -> dict[str, Any]:
+    def _measured(self, row: dict[str, Any], split: str, module: Distiller) -> dict[str, Any]:
         def about(network: nn.Module, prefix: str) -> dict[str, Any]:
             return {
-                "name": _name(network),
+                "name": name_of(network),
                 "accuracy": row.get(f"{split}/{prefix}accuracy"),
-                **_cost(network, module),
+                **cost_of(network, module),
             }
 
-        return {
+        measured: dict[str, Any] = {
             "split": split,
-            "student": about(module.student, "") | {"ece": row.get(f"{split}/ece")},
-            "teachers": [
+            "student": None,
+            "teachers": [],
+            "ensemble": {"accuracy": row.get(f"{split}/ensemble/accuracy")},
+            "agreement": row.get(f"{split}/agreement"),
+        }
+        if isinstance(module, OneStudent):
+            student = about(module.student, "") | {"ece": row.get(f"{split}/ece")}
+            teachers = [
                 about(teacher.network, f"teacher_{index}/")
                 for index, teacher in enumerate(module.teachers)
                 if isinstance(teacher, Teacher)
-            ],
-            "ensemble": {"accuracy": row.get(f"{split}/ensemble/accuracy")},
-            "agreement": row.get(f"{split}/agreement"),
+            ]
+            return measured | {"student": student, "teachers": teachers}
+        peers = {name: about(peer, f"{name}/") for name, peer in module.learners().items()}
+        best = module.best_learner([p["accuracy"] or 0.0 for p in peers.values()])
+        pairs = {
+            key.removeprefix(f"{split}/agreement_"): value
+            for key, value in row.items()
+            if key.startswith(f"{split}/agreement_")
+        }
+        ensemble = measured["ensemble"] | {"ece": row.get(f"{split}/ensemble/ece")}
+        return measured | {
+            "student": peers[best] | {"peer": best, "ece": None},
+            "peers": list(peers.values()),
+            "ensemble": ensemble,
+            "agreement": pairs or None,
         }
 
     def _write(self, folder: Path, report: dict[str, Any]) -> None:
@@ -240,58 +255,21 @@ def summary(report: dict[str, Any]) -> str:
         return f"{label:<28} {percent(entry.get('accuracy')):>8} {cost}"
 
     student, teachers = report["student"], report["teachers"]
-    lines = [
-        "",
-        f"{'accuracy on ' + report['split']:<28}",
-        line(f"student  {student['name']}", student),
-    ]
+    lines = ["", f"{'accuracy on ' + report['split']:<28}"]
+    if "peers" in report:
+        lines += [line(f"peer {i} {p['name']}", p) for i, p in enumerate(report["peers"])]
+        lines.append(line("the cohort together", report["ensemble"]))
+        agreements = list((report["agreement"] or {}).values())
+        if agreements:
+            mean = sum(agreements) / len(agreements)
+            lines.append(f"{'two peers agree, on average':<28} {percent(mean):>8}")
+        return "\n".join(lines)
+    lines.append(line(f"student  {student['name']}", student))
     lines += [line(f"teacher {i} {t['name']}", t) for i, t in enumerate(teachers)]
     if teachers:
         lines.append(line("ensemble of the teachers", report["ensemble"]))
         lines.append(f"{'student agrees with ensemble':<28} {percent(report['agreement']):>8}")
     return "\n".join(lines)
-
-
-def _name(network: nn.Module) -> str:
-    inner = network
-    while isinstance(getattr(inner, "network", None), nn.Module):  # Normalized, Resized
-        inner = inner.network  # type: ignore[assignment]
-    args = getattr(inner, "init_args", {})
-    suffix = "".join(f"-{args[k]}" for k in ("depth", "widen_factor") if k in args)
-    return type(inner).__name__ + suffix
-
-
-@torch.no_grad()
-def _cost(network: nn.Module, module: OneStudent) -> dict[str, Any]:
-    """Parameters, floating point operations and milliseconds of one image."""
-    floats = (p.dtype for p in network.parameters() if p.is_floating_point())
-    dtype = next(floats, torch.float32)  # not float32 under bf16-true and 64-true
-    x = torch.zeros(1, *(module.input_shape or ()), device=module.device, dtype=dtype)
-    modes = [(m, m.training) for m in network.modules()]
-    network.eval()
-    try:
-        flops: int | None = None
-        # compiled or scripted networks cannot be counted
-        with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
-            network(x)
-            flops = counter.get_total_flops()
-        times = []
-        for _ in range(LATENCY_RUNS):
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            start = time.perf_counter()
-            network(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            times.append(1e3 * (time.perf_counter() - start))
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    return {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "flops": flops,
-        "latency_ms": round(statistics.median(times), 3),
-    }
 
 
 def _seed() -> int | None:

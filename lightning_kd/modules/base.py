@@ -111,6 +111,28 @@ class Distiller(LightningModule):
         values = task_cross_entropy(logits, target, self.label_smoothing)
         return mean_over_labelled(values, target)
 
+    # ------------------------------------------------------------------ what is kept of a run
+
+    @abstractmethod
+    def learners(self) -> dict[str, nn.Module]:
+        """Networks that are trained, each under the name of the file that it is exported to."""
+
+    @abstractmethod
+    def learner_state(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of one learner, under its own names, out of a module's state."""
+
+    @abstractmethod
+    def learner_config(self, name: str) -> Any:
+        """Configuration of one learner under the command line, else None."""
+
+    def best_learner(self, accuracies: Sequence[float]) -> str:
+        """Name of the learner to keep, given ``learner_accuracies`` of one moment."""
+        return next(iter(self.learners()))
+
+    def learner_accuracies(self) -> list[float]:
+        """Accuracy of each learner at the last validation, as far as measured."""
+        return []
+
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, stage: str) -> None:
@@ -219,6 +241,7 @@ class Distiller(LightningModule):
         self._raise_if_not_finite()
         checkpoint["input_shape"] = self.input_shape
         checkpoint["rng"] = rng_state()
+        checkpoint["accuracies"] = self.learner_accuracies()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Size adapters before their weights are loaded."""
@@ -237,3 +260,8 @@ class Distiller(LightningModule):
                 f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
                 f"learning rate, or clip gradients (--trainer.gradient_clip_val 1).{kept}"
             )
+
+
+def cut_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries of a state whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -13,7 +13,7 @@ from lightning_kd.adapters import Tap
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.losses.base import by_name
-from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.base import Distiller, cut_prefix
 from lightning_kd.modules.dry_run import ask, check_classes, training_images
 from lightning_kd.modules.measure import make_metrics, update_metrics
 from lightning_kd.teachers import Teacher
@@ -151,6 +151,18 @@ class OneStudent(Distiller):
     def trained(self) -> Sequence[nn.Module]:
         """Student, adapters and gates."""
         return (self.student, self.losses, self.weighting)
+
+    def learners(self) -> dict[str, nn.Module]:
+        """The student."""
+        return {"student": self.student}
+
+    def learner_state(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The student's weights."""
+        return cut_prefix(state, "student.")
+
+    def learner_config(self, name: str) -> Any:
+        """The student's configuration."""
+        return dict(self.hparams).get("student")
 
     def prepare(self, x: Tensor) -> None:
         """Size adapters and metrics from a dry run on images (B, C, H, W); once.

@@ -14,7 +14,7 @@ from lightning_kd.exchange import Exchange, Mutual
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
 from lightning_kd.losses.base import by_name
-from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.base import Distiller, cut_prefix
 from lightning_kd.modules.dry_run import ask
 from lightning_kd.modules.measure import make_cohort_metrics, update_cohort_metrics
 from lightning_kd.modules.peers import Peers
@@ -157,6 +157,45 @@ class PeerCohort(Distiller):
     def trained(self) -> Sequence[nn.Module]:
         """Peers, adapters, and what the exchange learns."""
         return (self.peers, self.losses, self.exchange)
+
+    def learners(self) -> dict[str, nn.Module]:
+        """The peers; each branch of a ``MultiBranch`` as a network of its own."""
+        if not self.peers.branching:
+            return dict(zip(self.names, self.peers.networks, strict=True))
+        networks = {}
+        for k, name in enumerate(self.names):
+            networks[name] = copy.deepcopy(self.peers.branch.plain)
+            networks[name].load_state_dict(self.peers.state(k))
+        return networks
+
+    def learner_state(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One peer's weights."""
+        k = self.names.index(name)
+        if not self.peers.branching:
+            return cut_prefix(state, f"peers.networks.{k}.")
+        inside = cut_prefix(state, "peers.networks.0.")
+        return cut_prefix(inside, "trunk.") | cut_prefix(inside, f"branches.{k}.")
+
+    def learner_config(self, name: str) -> Any:
+        """One peer's configuration."""
+        configs = dict(self.hparams).get("peers")
+        if configs is None:
+            return None
+        if self.peers.branching:
+            return configs[0]["init_args"]["network"]
+        return configs[self.names.index(name)]
+
+    def learner_accuracies(self) -> list[float]:
+        """Accuracy of each peer at the last validation."""
+        metrics = self.trainer.callback_metrics
+        keys = [f"val/{name}/accuracy" for name in self.names]
+        return [float(metrics[key]) for key in keys] if all(k in metrics for k in keys) else []
+
+    def best_learner(self, accuracies: Sequence[float]) -> str:
+        """The peer of the highest accuracy; the last one (a leader) where nothing was measured."""
+        if not accuracies:
+            return self.names[-1]
+        return self.names[max(range(len(accuracies)), key=lambda k: accuracies[k])]
 
     def forward(self, x: Tensor) -> Tensor:
         """The cohort's answer as log-probabilities (B, K) for images (B, C, H, W)."""
