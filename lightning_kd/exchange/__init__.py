@@ -1,5 +1,6 @@
 """Who teaches whom inside a cohort."""
 
+from lightning_kd.exchange.adversarial import Adversarial
 from lightning_kd.exchange.attention import Attention
 from lightning_kd.exchange.base import Exchange
 from lightning_kd.exchange.codistillation import Codistillation
@@ -10,6 +11,7 @@ from lightning_kd.exchange.mutual import LeaveOneOut, Mutual
 from lightning_kd.exchange.peer_collaborative import PeerCollaborative
 
 __all__ = [
+    "Adversarial",
     "Attention",
     "Codistillation",
     "Collective",

@@ -18,6 +18,8 @@ class Exchange(nn.Module, ABC):
 
     #: whether peers may step one after the other: nothing is learned through several at once
     steps_apart = True
+    #: whether a game is played beside the losses, by ``fool`` and ``tell_apart``
+    alternates = False
 
     def layers(self) -> Sequence[str]:
         """Layers of every peer whose outputs this exchange reads."""
@@ -69,6 +71,14 @@ class Exchange(nn.Module, ABC):
 
     def update(self) -> None:
         """Learn from what was observed; called at the end of each validation, on all ranks."""
+
+    def fool(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+        """What peers minimise in a game against discriminators, scalars by name."""
+        return {}
+
+    def tell_apart(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+        """What the discriminators minimise, scalars by name."""
+        return {}
 
     def answer(self, peers: Sequence[Knowledge]) -> Tensor:
         """The cohort's own answer as log-probabilities, shape (B, K, ...), to be measured."""

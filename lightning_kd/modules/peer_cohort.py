@@ -10,19 +10,20 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_kd.exchange import Exchange, Mutual
+from lightning_kd.exchange import Adversarial, Exchange, Mutual
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
 from lightning_kd.losses.base import by_name
-from lightning_kd.modules.base import Distiller, cut_prefix
+from lightning_kd.modules.base import cut_prefix
 from lightning_kd.modules.dry_run import ask
+from lightning_kd.modules.manual import ManualSteps
 from lightning_kd.modules.measure import make_cohort_metrics, update_cohort_metrics
-from lightning_kd.modules.peers import Peers
+from lightning_kd.modules.peers import Peers, frozen_statistics
 
-Update = Literal["simultaneous", "sequential"]
+Update = Literal["simultaneous", "sequential", "alternating"]
 
 
-class PeerCohort(Distiller):
+class PeerCohort(ManualSteps):
     r"""Untrained networks learn together, each from the labels and from its peers.
 
     .. math:: \sum_k \Big[ w_{task} CE(z_k, y) + w(t) \sum_i w_i L_i(k, peers) \Big]
@@ -40,6 +41,9 @@ class PeerCohort(Distiller):
         update: ``"simultaneous"``: one forward pass of each peer, all step together.
             ``"sequential"``: peers step one after the other, and each one's answer is refreshed
             after its step, as the paper's algorithm 1 has it (2 K - 1 forward passes).
+            ``"alternating"``: simultaneous, then a game against discriminators on the same batch,
+            for the exchange ``Adversarial`` (2 K forward passes; ``global_step`` counts three
+            steps a batch, the sequential update K).
         view: A random transform of a batch of images, drawn anew for each peer; ``null``: all
             peers see the same images. Branches share one view.
         task_weight: Multiplier of the cross-entropy with the labels; labels of -1 are left out.
@@ -90,8 +94,16 @@ class PeerCohort(Distiller):
             raise ValueError(
                 f"Expected at least two peers (or one MultiBranch), got {len(self.peers)}."
             )
-        if update not in ("simultaneous", "sequential"):
-            raise ValueError(f'Expected update "simultaneous" or "sequential", got {update!r}.')
+        if update not in ("simultaneous", "sequential", "alternating"):
+            raise ValueError(
+                f'Expected update "simultaneous", "sequential" or "alternating", got {update!r}.'
+            )
+        if self.exchange.alternates != (update == "alternating"):
+            raise ValueError(
+                f'Expected update="alternating" with an exchange that plays a game, such as '
+                f"Adversarial, and with no other, got {type(self.exchange).__name__} and "
+                f"update={update!r}."
+            )
         if update == "sequential" and (self.peers.branching or not self.exchange.steps_apart):
             raise ValueError(
                 f'Expected update="simultaneous" with {type(self.exchange).__name__} on '
@@ -155,8 +167,9 @@ class PeerCohort(Distiller):
         return self.peers.prepared
 
     def trained(self) -> Sequence[nn.Module]:
-        """Peers, adapters, and what the exchange learns."""
-        return (self.peers, self.losses, self.exchange)
+        """Peers, adapters, and what the exchange learns outside of a game."""
+        parts = (self.peers, self.losses)
+        return parts if self.exchange.alternates else (*parts, self.exchange)
 
     def learners(self) -> dict[str, nn.Module]:
         """The peers; each branch of a ``MultiBranch`` as a network of its own."""
@@ -257,18 +270,33 @@ class PeerCohort(Distiller):
         super().on_fit_start()
         self.peers.hook()
 
+    def configure_optimizers(self) -> Any:
+        """One optimizer for all peers; with a game, two more: for it, and for discriminators."""
+        first: Any = super().configure_optimizers()
+        if not self.exchange.alternates:
+            return first
+        assert isinstance(self.exchange, Adversarial)
+        players = [*self.peers.parameters(), *self.exchange.transfers.parameters()]
+        judges = list(self.exchange.discriminators.parameters())
+        rate = self.exchange.learning_rate
+        game = [torch.optim.Adam(p, lr=rate, betas=(0.5, 0.999)) for p in (players, judges)]
+        first = first if isinstance(first, dict) else {"optimizer": first}
+        return [first, *({"optimizer": optimizer} for optimizer in game)]
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One step of every peer; returns the named terms, detached for callbacks."""
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
         x, target = self.unpack(batch)
         optimizer: Any = self.optimizers()
-        if self.update == "simultaneous":
-            terms = self.step(x, target)
-            self._advance(optimizer, terms, range(len(self.peers)))
-        else:
+        if self.update == "sequential":
             terms = self._one_after_the_other(optimizer, x, target)
-        self._advance_schedule()
+        elif self.update == "alternating":
+            terms = self._play(optimizer, x, target)
+        else:
+            terms = self.step(x, target)
+            self.advance(optimizer, terms, self.peers.networks, self.clip_norm)
+        self.advance_schedules()
         return self.note(terms, len(x))
 
     def _one_after_the_other(
@@ -281,29 +309,24 @@ class PeerCohort(Distiller):
         for k in range(len(peers)):
             teachers = self.exchange(peers, target)[k]
             mine = self.terms_of(k, peers[k], teachers, target)
-            self._advance(optimizer, mine, [k])
+            self.advance(optimizer, mine, [self.peers.networks[k]], self.clip_norm)
             terms |= mine
             if k + 1 < len(peers):
                 peers[k] = self.peers.refresh(k, views[k])
         return terms
 
-    def _advance(self, optimizer: Any, terms: dict[str, Tensor], stepping: Sequence[int]) -> None:
-        """Backward and one optimizer step; peers without gradient stay where they are."""
-        optimizer.zero_grad()
-        self.manual_backward(torch.stack(list(terms.values())).sum())
-        if self.clip_norm is not None:
-            for k in stepping:
-                nn.utils.clip_grad_norm_(self.peers.networks[k].parameters(), self.clip_norm)
-        optimizer.step()
-
-    def _advance_schedule(self) -> None:
-        schedulers = self.lr_schedulers()
-        if schedulers is None:
-            return
-        last = self.trainer.is_last_batch
-        if self._scheduler_interval == "step" or last:
-            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-                scheduler.step()  # type: ignore[call-arg]
+    def _play(
+        self, optimizers: Sequence[Any], x: Tensor, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        learner, player, judge = optimizers
+        terms = self.step(x, target)
+        self.advance(learner, terms, self.peers.networks, self.clip_norm)
+        with frozen_statistics(self.peers):  # a second look at the same batch
+            peers = self.peers(self.look(x))
+        fooled, told = self.exchange.fool(peers), self.exchange.tell_apart(peers)
+        self.advance(player, fooled, self.peers.networks, self.clip_norm)
+        self.advance(judge, told)
+        return terms | fooled | told
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the exchange see the peers after their step."""

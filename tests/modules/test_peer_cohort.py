@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_kd.exchange import (
+    Adversarial,
     Attention,
     Codistillation,
     Collective,
@@ -24,6 +25,7 @@ from lightning_kd.modules.peers import frozen_statistics
 from tests.conftest import state_of
 
 EXCHANGES = {
+    "adversarial": lambda: Adversarial("relu", learning_rate=1e-3),
     "attention": lambda: Attention("relu"),
     "codistillation": lambda: Codistillation(refresh_every=3, burn_in=2),
     "collective": Collective,
@@ -42,6 +44,8 @@ EXCHANGES = {
 def build(tiny):
     def make(exchange="mutual", count=3, seed=1, dropout=0.3, **options):
         torch.manual_seed(seed)
+        if exchange == "adversarial" and options.get("update", "simultaneous") == "simultaneous":
+            options["update"] = "alternating"
         peers = [tiny(4, dropout=dropout) for _ in range(count)]
         return PeerCohort(peers, EXCHANGES[exchange](), **options)
 
@@ -154,8 +158,8 @@ def test_resumed_run_equals_the_uninterrupted_one(
     def make(seed):
         return build(name, seed=seed, update=update, clip_norm=1.0)
 
-    if update == "sequential" and name in ("gate", "fusion", "peer_collaborative"):
-        with pytest.raises(ValueError, match='Expected update="simultaneous" with '):
+    if update == "sequential" and name in ("adversarial", "gate", "fusion", "peer_collaborative"):
+        with pytest.raises(ValueError, match="Expected update="):
             make(1)
         return
     data, whole = digits(), make(1)
@@ -262,13 +266,41 @@ def test_frozen_statistics_uses_the_batch_and_learns_nothing(tiny):
         assert torch.equal(network.state_dict()[key], value), key
 
 
+def test_the_game_moves_only_those_whose_turn_it_is(build):
+    module = build("adversarial", dropout=0.0)
+    x = torch.rand(8, 1, 8, 8)
+    module.prepare(x)
+    exchange, peers = module.exchange, module.peers([x] * 3)
+    judges = list(exchange.discriminators.parameters())
+    exchange.tell_apart(peers)["discriminator"].backward()
+    assert all(p.grad is not None for p in judges)
+    assert all(
+        p.grad is None for p in [*module.peers.parameters(), *exchange.transfers.parameters()]
+    )
+    exchange.fool(peers)["adversarial"].backward()
+    assert all(p.grad is not None for p in exchange.transfers.parameters())
+    assert all(n.conv.weight.grad.abs().sum() > 0 for n in module.peers.networks)
+    fake = [exchange.transfers[k](peers[k].feature("relu")) for k in range(3)]
+    wanted = sum(float((1 - exchange.discriminators[k](fake[k])).square().mean()) for k in range(3))
+    assert float(exchange.fool(peers)["adversarial"]) == pytest.approx(wanted, rel=1e-5)
+    real = [peers[k - 1].feature("relu") for k in range(3)]  # a ring
+    wanted = sum(
+        float((1 - exchange.discriminators[k](real[k])).square().mean())
+        + float(exchange.discriminators[k](fake[k]).square().mean())
+        for k in range(3)
+    )
+    assert float(exchange.tell_apart(peers)["discriminator"]) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_bad_cohorts_are_told(tiny):
     one = tiny(4)
     with pytest.raises(ValueError, match="at least two peers"):
         PeerCohort([one])
     with pytest.raises(ValueError, match="peers 0 and 1 share weights"):
         PeerCohort([one, one])
-    with pytest.raises(ValueError, match='"simultaneous" or "sequential"'):
+    with pytest.raises(ValueError, match='update="alternating" with an exchange that plays'):
+        PeerCohort([tiny(4), tiny(4)], update="alternating")
+    with pytest.raises(ValueError, match='"simultaneous", "sequential" or "alternating"'):
         PeerCohort([tiny(4), tiny(4)], update="parallel")
     with pytest.raises(ValueError, match="peers of 10 classes"):
         PeerCohort([tiny(4), tiny(4, num_classes=3)]).prepare(torch.rand(1, 1, 8, 8))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.adapters import Projection
+from lightning_kd.exchange.base import detached
+from lightning_kd.exchange.mutual import Mutual
+from lightning_kd.functional.checks import check_positive
+from lightning_kd.functional.precision import full_precision
+from lightning_kd.knowledge import Knowledge
+
+
+class Adversarial(Mutual):
+    r"""Peers learn from each other's logits, and to make feature maps like the next one's (AFD).
+
+    In a ring, peer k's maps are to be taken for those of peer k - 1 by a discriminator:
+
+    .. math:: L_{D_k} = (1 - D_k(G_{k-1}))^2 + D_k(T_k G_k)^2, \quad L_{G_k} = (1 - D_k(T_k G_k))^2
+
+    with a transfer layer T to the other's shape. Needs ``PeerCohort(update="alternating")``: on one
+    batch peers step on their logits, then on :math:`L_G` by a slower optimizer of its own, then
+    the discriminators step. With several layers it is AMLN's block-wise learning.
+
+    Args:
+        layer: Dotted name of every peer's feature layer, or several of them.
+        learning_rate: Of the two Adam optimizers of the game, > 0; much smaller than the peers'.
+        space: ``"probability"`` or ``"logit"``: where the others' answers are averaged.
+
+    Source:
+        Chung et al. 2020 (AFD), https://arxiv.org/abs/2002.01775, equations 3 to 8; Zhang et al.
+        2020 (AMLN), ECCV (several layers).
+    """
+
+    steps_apart = False
+    alternates = True
+
+    def __init__(
+        self, layer: str | list[str], learning_rate: float = 2e-5, space: str = "probability"
+    ) -> None:
+        super().__init__(space)
+        check_positive(learning_rate, "learning_rate")
+        self.names = [layer] if isinstance(layer, str) else list(layer)
+        self.learning_rate = learning_rate
+        self.transfers = nn.ModuleList()
+        self.discriminators = nn.ModuleList()
+
+    def layers(self) -> Sequence[str]:
+        """The feature layers."""
+        return self.names
+
+    def build(self, peers: Sequence[Knowledge]) -> None:
+        """Make a transfer layer and a discriminator for each peer and layer.
+
+        Raises:
+            ValueError: If a layer does not give maps.
+        """
+        super().build(peers)
+        if self.discriminators:
+            return
+        for k, name in self._places(len(peers)):
+            mine, theirs = peers[k].feature(name).shape, peers[k - 1].feature(name).shape
+            if len(mine) != 4 or len(theirs) != 4:
+                raise ValueError(
+                    f"Expected layer {name!r} to give maps (B, C, H, W), got shapes "
+                    f"{tuple(mine)} and {tuple(theirs)}: choose a convolutional layer."
+                )
+            self.transfers.append(Projection(mine, theirs))
+            width = theirs[1]
+            self.discriminators.append(
+                nn.Sequential(
+                    nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2),
+                    nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2),
+                    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1),
+                )
+            )  # fmt: skip
+
+    def _places(self, count: int) -> list[tuple[int, str]]:
+        return [(k, name) for k in range(count) for name in self.names]
+
+    def fool(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+        """What peers and transfer layers minimise in the game, a scalar by name."""
+        values = [
+            _square(1 - self.discriminators[i](self.transfers[i](peers[k].feature(name))))
+            for i, (k, name) in enumerate(self._places(len(peers)))
+        ]
+        return {"adversarial": torch.stack(values).sum()}
+
+    def tell_apart(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+        """What the discriminators minimise, a scalar by name; gradient to them alone."""
+        said = detached(peers)
+        values = []
+        for i, (k, name) in enumerate(self._places(len(peers))):
+            with torch.no_grad():
+                fake = self.transfers[i](said[k].feature(name))
+            judge = self.discriminators[i]
+            values.append(_square(1 - judge(said[k - 1].feature(name))) + _square(judge(fake)))
+        return {"discriminator": torch.stack(values).sum()}
+
+
+@full_precision
+def _square(values: Tensor) -> Tensor:
+    """Mean square, a scalar."""
+    return values.square().mean()
