@@ -31,6 +31,9 @@ class ManualSteps(Distiller):
         optimizer.zero_grad()
         self.manual_backward(torch.stack(list(terms.values())).sum())
         if clip_norm is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None:  # fp16: gradients are scaled until the step
+                scaler.unscale_(optimizer.optimizer)
             for network in networks:
                 nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         optimizer.step()
