@@ -43,17 +43,21 @@ class Projection(nn.Module):
                 f"Expected sequences of one length, got {source[1]} and {target[1]} tokens."
             )
         width, wanted = (source[1], target[1]) if maps else (source[-1], target[-1])
+        # BatchNorm of 1x1 maps cannot take a batch of one sample, which a last batch may be
+        spread = maps and self.size != (1, 1)
         layers: list[nn.Module] = []
         for index in range(depth or 1):
             inputs = wanted if index else width
             if index:
-                layers += [nn.BatchNorm2d(wanted), nn.ReLU()] if maps else [nn.ReLU()]
+                layers += [nn.BatchNorm2d(wanted), nn.ReLU()] if spread else [nn.ReLU()]
             if not maps:
                 layers.append(nn.Linear(inputs, wanted))
             elif depth:
                 layers.append(nn.Conv2d(inputs, wanted, 3, padding=1, bias=index == depth - 1))
-            else:
+            elif spread:
                 layers += [nn.Conv2d(inputs, wanted, 1, bias=False), nn.BatchNorm2d(wanted)]
+            else:
+                layers.append(nn.Conv2d(inputs, wanted, 1))
         self.map: nn.Module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:

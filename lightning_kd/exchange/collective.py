@@ -13,13 +13,14 @@ from lightning_kd.functional import (
     simplex_cross_entropy_weights,
     simplex_projection,
 )
+from lightning_kd.functional.precision import Float32State
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.ranks import sum_over_ranks
 
 Target = Literal["naive", "linear", "min_logit", "general"]
 
 
-class Collective(Exchange):
+class Collective(Float32State, Exchange):
     r"""One target that is better than every peer (KDCL), the same for all of them.
 
     - ``"naive"``: on each sample the peer of the lowest cross-entropy;

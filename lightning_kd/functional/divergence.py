@@ -106,7 +106,7 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
         label_smoothing: Probability mass spread over all classes, in [0, 1).
 
     Returns:
-        Cross-entropy in nats, shape (B,); dense outputs are averaged over positions.
+        Cross-entropy in nats, shape (B,); dense outputs are averaged over labelled positions.
 
     Raises:
         ValueError: If a label is out of range (on CPU; a GPU reports it asynchronously) or the
@@ -130,7 +130,10 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
             f"{int(target.min())} to {int(target.max())}. Check the network's num_classes and "
             f"the labels of the data."
         ) from error
-    return _per_sample(loss)
+    if loss.dim() == 1:
+        return loss
+    known = (target >= 0).flatten(1).sum(1).clamp(min=1)
+    return loss.flatten(1).sum(1) / known
 
 
 @full_precision
@@ -160,7 +163,9 @@ def combine(logits: Tensor, weights: Tensor, temperature: float, space: str) -> 
     check_positive(temperature, "temperature")
     shaped = weights.to(logits).reshape(*weights.shape, *(1,) * (logits.dim() - weights.dim()))
     if space == "logit":
-        return F.log_softmax((shaped * logits).sum(0) / temperature, dim=1)
+        # who counts for nothing rules nothing out: 0 times minus infinity would be NaN
+        weighted = torch.where(shaped > 0, shaped * logits, 0.0)
+        return F.log_softmax(weighted.sum(0) / temperature, dim=1)
     if space != "probability":
         raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
     return torch.logsumexp(F.log_softmax(logits / temperature, dim=2) + shaped.log(), dim=0)

@@ -55,7 +55,11 @@ class _SymmetricLog(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
+        # NaN has no eigenvalues; the loss is to be NaN then, which the module tells of
+        finite = torch.isfinite(matrix).all()
+        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
+        values = torch.where(finite, values, torch.nan)
         values = values.clamp(min=torch.finfo(matrix.dtype).tiny)
         ctx.save_for_backward(values, vectors)
         logarithm: Tensor = (vectors * values.log()) @ vectors.mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -59,7 +60,8 @@ def confidence_weights(logits: Tensor, target: Tensor) -> Tensor:
         Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equation 1. Differs from the
         authors' code: they divide by M once more.
     """
-    trust = _complement(teacher_losses(logits, target).softmax(0))
+    # a teacher that rules the right class out has an infinite loss: it gets nothing, not NaN
+    trust = _complement(teacher_losses(logits, target).clamp(max=1e4).softmax(0))
     return torch.where(labelled(target), trust, entropy_weights(logits))
 
 
@@ -109,6 +111,13 @@ def lowest_loss_weights(logits: Tensor, target: Tensor | None) -> Tensor:
     return F.one_hot(doubt.argmin(0), len(logits)).T.to(doubt.dtype)
 
 
+@functools.lru_cache(maxsize=MOST_GRADIENTS)
+def _faces(m: int) -> Tensor:
+    """Each weight 0, 1 (times C) or -1 (free), one free at least; shape (faces, M)."""
+    states = [s for s in itertools.product((0.0, 1.0, -1.0), repeat=m) if -1.0 in s]
+    return torch.tensor(states, dtype=torch.float64)
+
+
 @full_precision
 def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
     r"""Convex combination of gradients of the least length, no weight above ``c_max``.
@@ -148,17 +157,16 @@ def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
     # equal gradients leave the weights undetermined: then the smallest weights are taken
     scale = gram.diagonal().mean().clamp(min=1e-30)
     gram = gram / scale + 1e-9 * torch.eye(m, dtype=g.dtype, device=g.device)
-    states = [s for s in itertools.product((0.0, 1.0, -1.0), repeat=m) if -1.0 in s]
-    fixed = torch.tensor(states, dtype=g.dtype).to(g.device, non_blocking=True)
+    fixed = _faces(m).to(g.device, non_blocking=True)
     free = fixed < 0
     # rows of free weights: (G a)_m = nu; of the others: a_m = 0 or C; the last row: they sum to 1
-    system = g.new_zeros(len(states), m + 1, m + 1)
+    system = g.new_zeros(len(fixed), m + 1, m + 1)
     system[:, :m, :m] = torch.where(
         free[:, :, None], gram, torch.eye(m, dtype=g.dtype, device=g.device)
     )
     system[:, :m, m] = -free.to(g.dtype)
     system[:, m, :m] = 1.0
-    right = g.new_zeros(len(states), m + 1)
+    right = g.new_zeros(len(fixed), m + 1)
     right[:, :m] = torch.where(free, 0.0, fixed * c_max)
     right[:, m] = 1.0
     solved, _ = torch.linalg.solve_ex(system, right)
@@ -180,7 +188,7 @@ def simplex_projection(values: Tensor) -> Tensor:
     ordered = values.sort(descending=True).values
     count = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype)
     thresholds = (ordered.cumsum(0) - 1) / count
-    last = (ordered > thresholds).sum() - 1
+    last = ((ordered > thresholds).sum() - 1).clamp(min=0)  # of NaN nothing is greater
     projected: Tensor = (values - thresholds.gather(0, last[None])).clamp(min=0.0)
     return projected
 

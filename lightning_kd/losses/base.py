@@ -18,6 +18,8 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     weight: float
+    #: whether teachers may rule classes out, with logits of minus infinity
+    takes_unknown_classes = True
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class DistillationLoss(nn.Module, ABC):
         """Size adapters from a dry run; called once, before the optimizer is made."""
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Reach into the networks themselves; called once, after ``build``.
+        """Reach into the networks themselves; called after ``build``, and before each fit.
 
         Do not register a teacher: it would be trained and saved.
         """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class ConfidentHint(Hint):
         Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equations 4 to 6.
     """
 
+    takes_unknown_classes = False
+
     def __init__(
         self,
         student_layer: str,
@@ -38,7 +41,7 @@ class ConfidentHint(Hint):
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight=weight)
         self.teacher_classifier = teacher_classifier
-        self._classifiers: tuple[nn.Module, ...] = ()  # a tuple: teachers are not registered
+        self._classifiers = _Lent()
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         """Find each teacher's classifier."""
@@ -51,7 +54,7 @@ class ConfidentHint(Hint):
                 f"{len(names)}."
             )
         found = (find_layer(teacher, name) for teacher, name in zip(teachers, names, strict=True))
-        self._classifiers = tuple(found)
+        self._classifiers = _Lent(found)
 
     def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
@@ -66,3 +69,10 @@ class ConfidentHint(Hint):
             target = torch.full((len(feature),), -1, device=feature.device)
         weights = confidence_weights(torch.stack(logits), target)
         return (weights * torch.stack(distances)).sum(0).mean()
+
+
+class _Lent(tuple[nn.Module, ...]):
+    """Parts of teachers: not registered, hence neither trained nor saved, and shared by copies."""
+
+    def __deepcopy__(self, memo: Any) -> _Lent:
+        return self

@@ -13,6 +13,7 @@ from lightning_kd.functional import (
     simplex_projection,
     task_cross_entropy,
 )
+from lightning_kd.functional.precision import Float32State
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import LayerLoss
 from lightning_kd.ranks import sum_over_ranks, world_size
@@ -20,7 +21,7 @@ from lightning_kd.ranks import sum_over_ranks, world_size
 Metric = Literal["similarity_preserving", "log_euclidean"]
 
 
-class GramLoss(LayerLoss):
+class GramLoss(Float32State, LayerLoss):
     """Let the student find the same samples of a batch similar as its teachers do.
 
     Needs no adapter, whatever the shapes. Works on a rank's own batch.
@@ -101,16 +102,23 @@ class GramLoss(LayerLoss):
         target: Tensor,
     ) -> None:
         task = task_cross_entropy(student.logits, target).sum()
-        (wanted,) = torch.autograd.grad(task, feature, retain_graph=True, allow_unused=True)
+        # only directions count: scaled up, they do not underflow in half precision
+        scale = torch.full((), 2.0**16, device=feature.device)
+        (wanted,) = torch.autograd.grad(
+            task, feature, scale.to(task), retain_graph=True, allow_unused=True
+        )
         if wanted is None:
             raise ValueError(
                 f"Expected the student's logits to depend on {self.student_layer!r}, they do not: "
                 f"choose another layer, or learn_weights=False."
             )
         offered = [
-            torch.autograd.grad(value, feature, retain_graph=True)[0].flatten() for value in values
+            torch.autograd.grad(value, feature, scale.to(value), retain_graph=True)[0].flatten()
+            for value in values
         ]
-        agreement = torch.cosine_similarity(wanted.flatten()[None], torch.stack(offered))
+        agreement = torch.cosine_similarity(
+            wanted.flatten()[None].float(), torch.stack(offered).float()
+        ).nan_to_num(0.0)
         agreement = sum_over_ranks(agreement) / world_size()
         step = torch.zeros_like(self.trust)
         step[list(indices)] = agreement.to(step)

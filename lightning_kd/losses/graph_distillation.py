@@ -46,6 +46,8 @@ class GraphDistillation(LayerLoss):
         graph, and features are averaged over positions.
     """
 
+    takes_unknown_classes = False
+
     def __init__(
         self,
         student_layer: str,

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_kd.adapters import Projection, find_layer
 from lightning_kd.functional.precision import full_precision
@@ -37,6 +38,7 @@ class KnowledgeFlow(LayerLoss):
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight)
         self.projections = nn.ModuleList()
+        self._handle: RemovableHandle | None = None
         self._flow: tuple[Sequence[Knowledge], Sequence[int]] | None = None
 
     @property
@@ -53,8 +55,11 @@ class KnowledgeFlow(LayerLoss):
             self.scores = nn.Parameter(torch.zeros(1 + len(teachers)))
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Hook the student's layer."""
-        find_layer(student, self.student_layer).register_forward_hook(_Inflow(self))
+        """Hook the student's layer, again where it was replaced (SyncBatchNorm does)."""
+        if self._handle is not None:
+            self._handle.remove()
+        layer = find_layer(student, self.student_layer)
+        self._handle = layer.register_forward_hook(_Inflow(self))
 
     def before(self, teachers: Sequence[Knowledge], indices: Sequence[int]) -> None:
         """Let these teachers flow into the next forward pass."""
@@ -91,7 +96,8 @@ class _Inflow:
         self.flow = flow
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        return None if self.flow._flow is None else self.flow.mix(output)
+        idle = self.flow._flow is None or not self.flow.training
+        return None if idle else self.flow.mix(output)
 
     def __deepcopy__(self, memo: Any) -> _Inflow:
         """A copy of the student (for an export) has no teachers to listen to."""

@@ -17,6 +17,8 @@ class LogitMSE(DistillationLoss):
         Ba & Caruana 2014, https://arxiv.org/abs/1312.6184, equation 1 (mean over classes here).
     """
 
+    takes_unknown_classes = False
+
     def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         return teachers.average([logit_mse(student.logits, t.logits) for t in teachers.members])

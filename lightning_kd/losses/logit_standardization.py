@@ -27,6 +27,8 @@ class LogitStandardization(SoftTarget):
         Sun et al. 2024, https://arxiv.org/abs/2403.01427, algorithm 1.
     """
 
+    takes_unknown_classes = False
+
     def __init__(
         self, temperature: float = 2.0, temperature_squared: bool = True, weight: float = 9.0
     ) -> None:

@@ -60,7 +60,10 @@ class SubsetTarget(DistillationLoss):
             if self.own_samples and target is not None:
                 label = target.clamp(min=0)[:, None]
                 foreign = unknown.gather(1, label)[:, 0] & (target >= 0)
-                divergence = divergence.masked_fill(foreign, 0.0)
+                if foreign.dim() > 1:  # dense: a sample counts by its share of own positions
+                    divergence = divergence * (1 - foreign.flatten(1).float().mean(1))
+                else:
+                    divergence = divergence.masked_fill(foreign, 0.0)
             values.append(divergence)
         loss = teachers.average(values)
         return loss * self.temperature**2 if self.temperature_squared else loss

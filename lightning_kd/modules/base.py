@@ -33,6 +33,7 @@ class Distiller(LightningModule):
     """
 
     num_classes: int | None
+    metrics: nn.ModuleDict
 
     def assemble(
         self,
@@ -138,7 +139,7 @@ class Distiller(LightningModule):
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
         if not self.prepared:
-            self.prepare(example_input(self, self.unpack).to(self.device))
+            self.prepare(self.like_input(example_input(self, self.unpack)))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the parts that are trained; never a teacher."""
@@ -178,6 +179,11 @@ class Distiller(LightningModule):
             )
         loss = torch.stack(list(terms.values())).sum()
         return {"loss": loss, **self.note(terms, len(x))}
+
+    def like_input(self, x: Tensor) -> Tensor:
+        """Images on the module's device and in its precision, for a dry run."""
+        floats = (p.dtype for p in self.parameters() if p.is_floating_point())
+        return x.to(self.device, next(floats, torch.float32))
 
     def note(self, terms: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
         """Log the terms of a step as ``train/<name>``, and look whether they are finite.
@@ -228,6 +234,10 @@ class Distiller(LightningModule):
         """On a CPU, keep memory between steps: faulting it in again is the largest overhead."""
         if self.device.type == "cpu":
             keep_freed_memory()
+        # a validation of its own leaves states behind that were made in inference mode
+        for metrics in self.metrics.values():
+            assert isinstance(metrics, MetricCollection)
+            metrics.reset()
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
@@ -246,7 +256,7 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Size adapters before their weights are loaded."""
         if not self.prepared and checkpoint.get("input_shape"):
-            self.prepare(torch.zeros(1, *checkpoint["input_shape"], device=self.device))
+            self.prepare(self.like_input(torch.zeros(1, *checkpoint["input_shape"])))
         self._rng = checkpoint.get("rng")
 
     def _raise_if_not_finite(self) -> None:

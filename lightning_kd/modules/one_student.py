@@ -78,8 +78,14 @@ class OneStudent(Distiller):
             num_classes,
         )
         self.student = student
+        if len({id(t) for t in teachers}) < len(teachers) and any(
+            isinstance(t, Teacher) for t in teachers
+        ):
+            raise ValueError(
+                "Expected each Teacher once, got one twice: wrap its network anew in each place."
+            )
         self.teachers = nn.ModuleList(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
-        mine = {p.data_ptr() for p in student.parameters()}
+        mine = {p.data_ptr() for p in student.parameters()} - {0}  # of empty ones it is 0
         for index, teacher in enumerate(self._teachers()):
             if any(p.data_ptr() in mine for p in teacher.network.parameters()):
                 raise ValueError(
@@ -123,6 +129,8 @@ class OneStudent(Distiller):
             weights = self.weighting(members, student, target)
             teachers = Ensemble(members, weights, self.weighting.space, indices)
             self._trust = (indices, weights.detach())
+            if weights.requires_grad:  # not every loss asks for them, and DDP wants a gradient
+                terms["gate"] = 0.0 * weights.sum()
             for name, loss in zip(self.losses, self._losses(), strict=True):
                 value = loss(student, teachers, target)
                 terms[name] = loss.weight * self.weighting.strength * value
@@ -132,7 +140,7 @@ class OneStudent(Distiller):
         if len(indices) < len(self.teachers) and self.losses:
             # DDP and optimizers see every adapter each step, whoever was asked
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
-            rest = rest or [student.logits.sum()]
+            rest.append(student.logits.sum())
             first = next(iter(self.losses))
             terms[first] = terms.get(first, 0.0) + 0.0 * torch.stack(rest).sum()
         return terms
@@ -181,18 +189,30 @@ class OneStudent(Distiller):
             teacher.listen([n for part in parts for n in part.teacher_layers(index)])
             teachers.append(ask(f"teacher {index}", teacher.network, teacher, x))
         check_classes(student, teachers, self.num_classes)
+        partial = any(bool((t.logits == -torch.inf).any()) for t in teachers)
+        for loss in self._losses():
+            if partial and not loss.takes_unknown_classes:
+                raise ValueError(
+                    f"Expected teachers that know all classes with {type(loss).__name__}, got one "
+                    f"that knows some only: use SubsetTarget, or leave it out."
+                )
         self.weighting.active(len(self.teachers))  # a wrong number of weights is told now
         for part in parts:
             part.build(student, teachers)
             part.to(x.device)
-        for loss in self._losses():
-            loss.attach(self.student, [teacher.network for teacher in self._teachers()])
+        self._find_layers()
         self.input_shape = tuple(x.shape[1:])
         classes = student.logits.shape[1]
         self.metrics = nn.ModuleDict(
             {stage: make_metrics(classes, len(teachers), stage) for stage in ("val", "test")}
         )
         self._student_tap = tap
+
+    def _find_layers(self) -> None:
+        if self._student_tap is not None:
+            self._student_tap.hook()
+        for loss in self._losses():
+            loss.attach(self.student, [teacher.network for teacher in self._teachers()])
 
     def _teachers(self) -> Iterator[Teacher]:
         for teacher in self.teachers:
@@ -209,8 +229,7 @@ class OneStudent(Distiller):
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
         super().setup(stage)
-        if self._student_tap is not None:  # a fit with sync_batchnorm puts plain layers back
-            self._student_tap.hook()
+        self._find_layers()  # a fit with sync_batchnorm puts plain layers back
 
     def beside(self) -> dict[str, Any]:
         """Mean trust in each teacher, where it changes."""
@@ -253,8 +272,7 @@ class OneStudent(Distiller):
     def on_fit_start(self) -> None:
         """Find layers again, and let the weighting look at the data."""
         super().on_fit_start()
-        if self._student_tap is not None:
-            self._student_tap.hook()  # sync_batchnorm replaces layers after the dry run
+        self._find_layers()  # sync_batchnorm replaces layers after the dry run
         if self.weighting.wants_images:
             with torch.no_grad():
                 images = [x.to(self.device) for x in training_images(self, self.unpack)]

@@ -52,6 +52,7 @@ class Teacher(nn.Module):
                 f"num_classes {num_classes}."
             )
         self._given = (network.eval().requires_grad_(False),)
+        self._lent = False
         self.num_classes = num_classes
         places = None if classes is None else torch.tensor(classes)
         self.register_buffer("classes", places, persistent=False)
@@ -73,7 +74,8 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Knowledge:
         """Answer for images, shape (B, C, H, W)."""
-        if self.network.training:  # somebody holds the network and called train() on it
+        # somebody holds the network, or a part of it, and called train() on it
+        if any(module.training for module in self.network.modules()):
             self.network.eval()
         said = self._tap(x)
         if self.classes is None:
@@ -90,12 +92,17 @@ class Teacher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """Move the network along with the module that holds this teacher."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self._lent:
+            self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        """Share the network: copies (of weight averaging, say) need no second set of weights."""
+        """Share the network: copies (of weight averaging, say) need no second set of weights.
+
+        A copy that is moved or cast leaves the network where its owner has it.
+        """
         twin = copy.copy(self)
+        twin._lent = True
         memo[id(self)] = twin
         return twin
 

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from lightning_kd.functional import min_norm_weights
 from lightning_kd.functional.checks import check_positive
+from lightning_kd.functional.precision import Float32State
 from lightning_kd.functional.trust import MOST_GRADIENTS
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import sum_over_ranks, world_size
 from lightning_kd.weighting.base import Weighting
 
 
-class GradientSpace(Weighting):
+class GradientSpace(Float32State, Weighting):
     r"""Move the student where no teacher disagrees: the least-norm mixture of their gradients.
 
     .. math:: \min_a \Big\| \sum_m a_m g_m \Big\|, \quad \sum_m a_m = 1, \quad 0 \le a_m \le C,
@@ -25,7 +26,8 @@ class GradientSpace(Weighting):
     last training batch, so that a measurement does not depend on how images are batched.
 
     Args:
-        c_max: Largest weight, in [1 / M, 1]. Below 1 it bounds the pull of outliers.
+        c_max: Largest weight, in [1 / M, 1]. Below 1 it bounds the pull of outliers. (One teacher
+            has weight 1. With ``normalize`` the bound holds before weights are scaled back.)
         temperature: Of the soft-target loss.
         normalize: Compare directions: gradients are scaled to unit length first.
         space: ``"probability"`` or ``"logit"``: where answers are averaged.
@@ -63,7 +65,7 @@ class GradientSpace(Weighting):
         Raises:
             ValueError: If there are too many, or the largest weight is too small for so few.
         """
-        if num_teachers > MOST_GRADIENTS or self.c_max * num_teachers < 1:
+        if num_teachers > MOST_GRADIENTS or (num_teachers > 1 and self.c_max * num_teachers < 1):
             raise ValueError(
                 f"Expected at most {MOST_GRADIENTS} teachers and c_max >= 1 / M, got "
                 f"{num_teachers} teachers and c_max {self.c_max}."
@@ -85,7 +87,8 @@ class GradientSpace(Weighting):
             lengths = gradients.norm(dim=1).clamp(min=1e-12)
             if self.normalize:
                 gradients = gradients / lengths[:, None]
-            weights = min_norm_weights(gradients, min(self.c_max, 1.0))
+            bound = 1.0 if len(teachers) == 1 else min(self.c_max, 1.0)
+            weights = min_norm_weights(gradients, bound)
             if self.normalize:
                 weights = weights / lengths
                 weights = weights / weights.sum()

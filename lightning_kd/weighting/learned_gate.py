@@ -13,6 +13,9 @@ from lightning_kd.ranks import mean_over_labelled
 from lightning_kd.weighting.base import Weighting
 
 
+RULED_OUT = 1e5  # a logit that far down is that of a class which a teacher does not know
+
+
 class LearnedGate(Weighting):
     r"""A gate on what the student sees, trained with it: the ensemble's answer is to be right.
 
@@ -23,8 +26,8 @@ class LearnedGate(Weighting):
     with equal weights.
 
     Args:
-        student_layer: Layer whose output, averaged over positions and detached, the gate reads;
-            ``null``: the student's logits.
+        student_layer: Layer whose output, averaged over positions, layer-normalised and detached,
+            the gate reads; ``null``: the student's log-probabilities.
         space: ``"probability"`` or ``"logit"``: where answers are averaged.
 
     Source:
@@ -44,8 +47,10 @@ class LearnedGate(Weighting):
         return () if self.student_layer is None else (self.student_layer,)
 
     def _embed(self, student: Knowledge) -> Tensor:
-        seen = student.logits if self.student_layer is None else student.feature(self.student_layer)
-        embedding = pooled(seen.detach()).float()
+        if self.student_layer is None:
+            said = student.logits.detach().float().log_softmax(1)
+            return said.flatten(2).mean(2) if said.dim() > 2 else said
+        embedding = pooled(student.feature(self.student_layer).detach()).float()
         return F.layer_norm(embedding, embedding.shape[1:])
 
     def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
@@ -76,5 +81,9 @@ class LearnedGate(Weighting):
 @full_precision
 def _answer_loss(logits: Tensor, weights: Tensor, target: Tensor, space: str) -> Tensor:
     """Negative log-likelihood of the weighted answer, per sample, 0 where unlabelled."""
-    answer = combine(logits, weights.clamp(min=1e-12), 1.0, space)
-    return F.nll_loss(answer, target, ignore_index=-1, reduction="none")
+    # finite, since gradient through minus infinity is NaN even where it is masked afterwards
+    answer = combine(logits.clamp(min=-RULED_OUT), weights.clamp(min=1e-12), 1.0, space)
+    value = F.nll_loss(answer, target, ignore_index=-1, reduction="none")
+    # a class that no teacher knows teaches the gate nothing
+    value = value.masked_fill(value > RULED_OUT / 100, 0.0)
+    return value.flatten(1).mean(1) if value.dim() > 1 else value

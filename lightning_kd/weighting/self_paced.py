@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_kd.functional.precision import Float32State
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import sum_over_ranks
 from lightning_kd.weighting.base import Weighting
 
 
-class SelfPaced(Weighting):
+class SelfPaced(Float32State, Weighting):
     r"""Stop listening to an expert when the student has caught up with it.
 
     .. math:: w_m = 1 \text{ if } A_S < b A_m, \text{ else }
