@@ -12,7 +12,6 @@ from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.ranks import mean_over_labelled
 from lightning_kd.weighting.base import Weighting
 
-
 RULED_OUT = 1e5  # a logit that far down is that of a class which a teacher does not know
 
 
