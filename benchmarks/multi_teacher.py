@@ -224,30 +224,39 @@ def rows() -> list[dict]:
 
 
 def table(spoiled: bool = False) -> str:
-    """Mean and standard deviation; difference from plain averaging (its paired standard error)."""
+    """Mean and standard deviation; paired differences with their standard errors."""
     found: dict[str, dict[int, dict]] = {}
     for row in rows():
         if row["spoiled"] == spoiled:
             found.setdefault(row["arm"], {})[row["seed"]] = row
-    base = found.get("Uniform", {})
-    lines = ["| arm | test accuracy % | test cross-entropy | against Uniform (paired) | trust |"]
-    lines.append("|---|---|---|---|---|")
+
+    def against(arm: str, base: str) -> str:
+        if arm == base or base not in found:
+            return ""
+        pairs = [
+            100 * (r["accuracy"] - found[base][s]["accuracy"])
+            for s, r in found[arm].items()
+            if s in found[base]
+        ]
+        error = statistics.stdev(pairs) / len(pairs) ** 0.5
+        return f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
+
+    lines = [
+        "| arm | test accuracy % | cross-entropy | over labels alone | over Uniform | trust |",
+        "|---|---|---|---|---|---|",
+    ]
     for arm in ARMS:
         if len(found.get(arm, {})) < 2:
             continue
         runs = found[arm]
         accuracy = [100 * r["accuracy"] for r in runs.values()]
         loss = statistics.mean(r["loss"] for r in runs.values())
-        pairs = [100 * (r["accuracy"] - base[s]["accuracy"]) for s, r in runs.items() if s in base]
-        gain = ""
-        if arm != "Uniform" and len(pairs) > 1:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5
-            gain = f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
         trust = [r["trust"] for r in runs.values() if r["trust"]]
         means = " / ".join(f"{statistics.mean(t):.2f}" for t in zip(*trust, strict=True))
         lines.append(
             f"| {arm} | {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} "
-            f"(n={len(accuracy)}) | {loss:.3f} | {gain} | {means} |"
+            f"(n={len(accuracy)}) | {loss:.3f} | {against(arm, 'labels alone')} | "
+            f"{against(arm, 'Uniform')} | {means} |"
         )
     return "\n".join(lines)
 
