@@ -105,22 +105,27 @@ LOGIT_LOSSES = {
     "LogitStandardization": weighting(Uniform, lambda: [LogitStandardization(2.0, weight=9.0)]),
 }
 FEATURE_LOSSES = {
-    "Hint": feature(lambda: Hint(*L, weight=10.0)),
+    "Hint": feature(lambda: Hint(*L, weight=100.0)),
     "Hint + LowestLoss": feature(lambda: Hint(*L, weight=10.0), LowestLoss),
     "Hint + AttentionOverLayers": feature(
         lambda: Hint(*L, weight=10.0), lambda: AttentionOverLayers(*L)
     ),
-    "ConfidentHint": feature(lambda: ConfidentHint(*L, "linear", weight=10.0)),
+    "ConfidentHint": feature(lambda: ConfidentHint(*L, "linear", weight=50.0)),
     "AttentionTransfer": feature(lambda: AttentionTransfer(*L, weight=100.0)),
-    "FEED": feature(lambda: FEED(*L, weight=0.1)),
-    "GramLoss": feature(lambda: GramLoss(*L, weight=300.0)),
-    "GramLoss, learned trust": feature(lambda: GramLoss(*L, learn_weights=True, weight=300.0)),
-    "GramLoss, log-Euclidean": feature(lambda: GramLoss(*L, "log_euclidean", weight=3.0)),
+    "FEED": feature(lambda: FEED(*L, weight=1.0)),
+    "GramLoss": feature(lambda: GramLoss(*L, weight=3000.0)),
+    "GramLoss, learned trust": feature(lambda: GramLoss(*L, learn_weights=True, weight=3000.0)),
+    "GramLoss, log-Euclidean": feature(lambda: GramLoss(*L, "log_euclidean", weight=30.0)),
     "Relational": feature(lambda: Relational(*L)),
     "NST": feature(lambda: NST(*L, weight=50.0)),
-    "PKT": feature(lambda: PKT(*L, weight=3000.0)),
+    "PKT": feature(lambda: PKT(*L, weight=30000.0)),
     "KnowledgeFlow": feature(lambda: KnowledgeFlow(*L, weight=0.01)),
-    "MEAL + Switching": feature(lambda: MEAL(*L, adversarial_weight=0.1), Switching),
+    "MEAL + Switching": feature(lambda: MEAL(*L, adversarial_weight=0.02, weight=5.0), Switching),
+    "SoftTarget + MEAL + Switching": lambda: {
+        "weighting": Switching(),
+        "losses": [SoftTarget(4.0, weight=0.9), MEAL(*L, adversarial_weight=0.1)],
+        "task_weight": 0.1,
+    },
     "GraphDistillation": lambda: {
         "losses": [GraphDistillation(*L, logit_weight=0.9)],
         "task_weight": 0.1,

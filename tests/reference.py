@@ -339,3 +339,34 @@ def self_paced_weight(student, expert, threshold):
     if student < threshold * expert:
         return 1.0
     return max(0.0, (expert - student) / (expert * (1 - threshold))) if expert else 0.0
+
+
+def dml_loss(k, logits):
+    """1 / (K - 1) sum_l KL(p_l || p_k), mean over the batch; Zhang et al. 2018, equation 8."""
+    others = [z for j, z in enumerate(logits) if j != k]
+    return sum(kl_divergence(logits[k], z.detach()).mean() for z in others) / len(others)
+
+
+def min_logits(logits, labels):
+    """min_k (z_kj - z_ky), row by row; Guo et al. 2020 (KDCL), equation 7."""
+    return torch.tensor(
+        [
+            [min(float(z[b][j] - z[b][y]) for z in logits) for j in range(len(logits[0][b]))]
+            for b, y in enumerate(labels.tolist())
+        ]
+    )
+
+
+def attention_targets(left, right, features, logits):
+    """z_a* = sum_b softmax_b(<L h_a, E h_b>) z_b per sample; Chen et al. 2020, equations 3 to 5."""
+    targets = []
+    for a in range(len(logits)):
+        rows = []
+        for s in range(len(logits[0])):
+            scores = [
+                (left @ features[a][s]) @ (right @ features[b][s]) for b in range(len(logits))
+            ]
+            shares = softmax(scores)
+            rows.append(sum(shares[b] * logits[b][s] for b in range(len(logits))))
+        targets.append(torch.stack(rows))
+    return targets
