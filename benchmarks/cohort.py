@@ -1,0 +1,191 @@
+"""Do untrained networks learn more together than alone?
+
+    python benchmarks/cohort.py run --seeds 0 1 2 3 4
+    python benchmarks/cohort.py table
+
+Setting: 5,000 labelled images of Fashion-MNIST, ten epochs (780 steps of 64), the test images once
+at the end; ResNet-8 of width 8 in cohorts of two and four. ``independent`` trains the same networks
+side by side without any exchange. A seed sets initial weights, order of batches and the choice of
+the images. ``run`` appends one line a run to benchmarks/results/cohort.jsonl and skips those that
+are there; give ``--part 0 2`` and ``--part 1 2`` to two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from lightning_kd import PeerCohort
+from lightning_kd.data import FashionMNIST
+from lightning_kd.exchange import (
+    Attention,
+    Collective,
+    Fusion,
+    Gate,
+    LeaveOneOut,
+    Mutual,
+    PeerCollaborative,
+)
+from lightning_kd.losses import SoftTarget
+from lightning_kd.models import MultiBranch, resnet8
+
+RESULTS = Path("benchmarks/results/cohort.jsonl")
+EPOCHS, BATCH, IMAGES = 10, 64, 5000
+
+
+def network() -> torch.nn.Module:
+    return resnet8(num_classes=10, in_channels=1, width=8, stem_stride=2)
+
+
+def branches() -> list[torch.nn.Module]:
+    return [MultiBranch(network(), "layer2", 4)]
+
+
+def soft(temperature: float, weight: float = 1.0) -> list:
+    return [SoftTarget(temperature, weight=weight)]
+
+
+def arm(exchange=Mutual, losses=None, **options):
+    return lambda: {
+        "exchange": exchange(),
+        "losses": soft(1.0) if losses is None else losses,
+        **options,
+    }
+
+
+COMMON = {
+    "independent": arm(losses=[]),
+    "Mutual, simultaneous": arm(),
+    "Mutual, sequential": arm(update="sequential"),
+    "Collective (min-logit)": arm(Collective, soft(2.0)),
+    "Fusion": arm(lambda: Fusion("layer3"), soft(3.0)),
+    "PeerCollaborative": arm(lambda: PeerCollaborative("layer3", 0.99), soft(3.0, 2.0)),
+}
+ARMS = {
+    2: COMMON,
+    4: {
+        **COMMON,
+        "LeaveOneOut (logits averaged)": arm(LeaveOneOut),
+        "Attention": arm(lambda: Attention("layer3"), soft(3.0)),
+        "four branches, Gate": lambda: {
+            "peers": branches(), "exchange": Gate("layer2"), "losses": soft(3.0)
+        },
+    },
+    **{size: {n: COMMON[n] for n in ("independent", "Mutual, simultaneous")} for size in (3, 5)},
+}  # fmt: skip
+
+
+def run(size: int, name: str, seed: int) -> dict:
+    """Train and test one cohort; accuracies in [0, 1]."""
+    seed_everything(seed, verbose=False)
+    options = ARMS[size][name]()
+    options.setdefault("peers", [network() for _ in range(size)])
+
+    def scheduler(optimizer):
+        steps = EPOCHS * (IMAGES // BATCH)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+
+    module = PeerCohort(
+        optimizer=lambda p: torch.optim.SGD(
+            p, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        ),
+        scheduler=scheduler,
+        scheduler_interval="step",
+        clip_norm=5.0,
+        **options,
+    )
+    trainer = Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    images = FashionMNIST(
+        batch_size=BATCH, val_split=0.0, subset=IMAGES, split_seed=seed, drop_last=True
+    )
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=images)
+    seconds = time.perf_counter() - start
+    (scores,) = trainer.test(module, datamodule=images, verbose=False)
+    return {
+        "size": size,
+        "arm": name,
+        "seed": seed,
+        "peers": [scores[f"test/{peer}/accuracy"] for peer in module.names],
+        "ensemble": scores["test/ensemble/accuracy"],
+        "agreement": scores["test/agreement_0_1"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def rows() -> list[dict]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def table() -> str:
+    """Mean peer and ensemble, and the paired difference of the mean peer from independent ones."""
+    lines = [
+        "| peers | arm | mean peer % | over independent | best peer % | together % | agreement % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in sorted(ARMS):
+        found = {
+            name: {r["seed"]: r for r in rows() if r["size"] == size and r["arm"] == name}
+            for name in ARMS[size]
+        }
+        for name, runs in found.items():
+            if len(runs) < 2:
+                continue
+            means = {s: 100 * statistics.mean(r["peers"]) for s, r in runs.items()}
+            gain = ""
+            if name != "independent":
+                alone = {
+                    s: 100 * statistics.mean(r["peers"]) for s, r in found["independent"].items()
+                }
+                pairs = [means[s] - alone[s] for s in means if s in alone]
+                error = statistics.stdev(pairs) / len(pairs) ** 0.5
+                gain = f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
+            values = list(means.values())
+            best = statistics.mean(100 * max(r["peers"]) for r in runs.values())
+            together = statistics.mean(100 * r["ensemble"] for r in runs.values())
+            agreement = statistics.mean(100 * r["agreement"] for r in runs.values())
+            lines.append(
+                f"| {size} | {name} | {statistics.mean(values):.2f} ± "
+                f"{statistics.stdev(values):.2f} (n={len(values)}) | {gain} | {best:.2f} | "
+                f"{together:.2f} | {agreement:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 3, 5])
+    parser.add_argument("--part", type=int, nargs=2, default=[0, 1])
+    options = parser.parse_args()
+    if options.what == "run":
+        warnings.filterwarnings("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        torch.set_num_threads(1)
+        jobs = [
+            (size, name, seed)
+            for size in options.sizes
+            for seed in options.seeds
+            for name in ARMS[size]
+        ]
+        for job in jobs[options.part[0] :: options.part[1]]:
+            if job in {(r["size"], r["arm"], r["seed"]) for r in rows()}:
+                continue
+            result = run(*job)
+            print(result, flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    print(table())
