@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_kd import PeerCohort
+from lightning_kd.callbacks import LossWeightScheduler
 from lightning_kd.data import FashionMNIST
 from lightning_kd.exchange import (
     Attention,
@@ -36,6 +37,7 @@ from lightning_kd.exchange import (
 )
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import MultiBranch, resnet8
+from lightning_kd.schedules import SigmoidRampUp
 
 RESULTS = Path("benchmarks/results/cohort.jsonl")
 EPOCHS, BATCH, IMAGES = 10, 64, 5000
@@ -67,7 +69,7 @@ COMMON = {
     "Mutual, sequential": arm(update="sequential"),
     "Collective (min-logit)": arm(Collective, soft(2.0)),
     "Fusion": arm(lambda: Fusion("layer3"), soft(3.0)),
-    "PeerCollaborative": arm(lambda: PeerCollaborative("layer3", 0.99), soft(3.0, 2.0)),
+    "PeerCollaborative": arm(lambda: PeerCollaborative("layer3", 0.99), soft(3.0)),
 }
 ARMS = {
     2: COMMON,
@@ -81,6 +83,8 @@ ARMS = {
     },
     **{size: {n: COMMON[n] for n in ("independent", "Mutual, simultaneous")} for size in (3, 5)},
 }  # fmt: skip
+
+RAMPED = ("Fusion", "PeerCollaborative", "Attention", "four branches, Gate")  # as published
 
 
 def run(size: int, name: str, seed: int) -> dict:
@@ -102,9 +106,15 @@ def run(size: int, name: str, seed: int) -> dict:
         clip_norm=5.0,
         **options,
     )
+    ramp = (
+        [LossWeightScheduler(SigmoidRampUp(0.0, 2.0 if name == "PeerCollaborative" else 1.0, 3))]
+        if name in RAMPED
+        else []
+    )
     trainer = Trainer(
         max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=ramp,
     )  # fmt: skip
     images = FashionMNIST(
         batch_size=BATCH, val_split=0.0, subset=IMAGES, split_seed=seed, drop_last=True

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from typing_extensions import override
 
 from lightning_kd.schedules import Schedule
@@ -17,7 +18,8 @@ class AttributeScheduler(Callback):
     batches or epochs, in the checkpoint.
 
     Args:
-        target: Dotted path from the module to the number, ``losses.soft_target.temperature``.
+        target: Dotted path from the module to the number, ``losses.soft_target.temperature``; of
+            a cohort that is the loss of every peer.
         schedule: Value by count.
         interval: ``"epoch"`` or ``"step"`` (a training batch): what is counted.
 
@@ -50,11 +52,11 @@ class AttributeScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        owner, name = self._resolve(pl_module)
+        mine = self._resolve(pl_module)
         same = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(other, AttributeScheduler) and other._resolve(pl_module) == (owner, name)
+            if isinstance(other, AttributeScheduler) and other._resolve(pl_module) == mine
         ]
         if len(same) > 1:
             raise ValueError(f"Expected one scheduler of {self.target}, got {len(same)}.")
@@ -85,7 +87,7 @@ class AttributeScheduler(Callback):
             self.count += 1
 
     def _set(self, pl_module: LightningModule) -> None:
-        owner, name = self._resolve(pl_module)
+        owners, name = self._resolve(pl_module)
         value = self.schedule(self.count)
         if (name.endswith("temperature") and not value > 0) or not math.isfinite(value):
             raise ValueError(
@@ -93,32 +95,44 @@ class AttributeScheduler(Callback):
                 f"{'> 0' if name.endswith('temperature') else 'finite'}, got {value} at "
                 f"{self.interval} {self.count}."
             )
-        setattr(owner, name, value)
+        for owner in owners:
+            setattr(owner, name, value)
         pl_module.log(f"schedule/{self.target}", value, batch_size=1)
 
-    def _resolve(self, pl_module: LightningModule) -> tuple[Any, str]:
-        """Owner and name of the number.
+    def _resolve(self, pl_module: LightningModule) -> tuple[list[Any], str]:
+        """Owners and name of the number; a list on the way (of a cohort's peers) means all of it.
 
         Raises:
             ValueError: If the path does not lead to a number.
         """
-        owner: Any = pl_module
+        owners: list[Any] = [pl_module]
         *path, name = self.target.split(".")
         for depth, part in enumerate([*path, name]):
-            known = list(owner.keys()) if hasattr(owner, "keys") else None
-            if (part in known) if known is not None else hasattr(owner, part):
-                if depth < len(path):
-                    owner = owner[part] if known is not None else getattr(owner, part)
-                continue
-            near = known if known is not None else difflib.get_close_matches(part, dir(owner))
-            raise ValueError(
-                f"Expected a number of the module at {self.target!r}, but there is no {part!r} in "
-                f"{type(owner).__name__}; near names: {', '.join(near) or 'none'}."
-            )
-        value = getattr(owner, name, None)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"Expected a number at {self.target!r}, got {type(value).__name__}.")
-        return owner, name
+            if not part.isdigit():
+                owners = [
+                    item
+                    for owner in owners
+                    for item in (owner if isinstance(owner, nn.ModuleList) else [owner])
+                ]
+            found = []
+            for owner in owners:
+                known = list(owner.keys()) if hasattr(owner, "keys") else None
+                if (part in known) if known is not None else hasattr(owner, part):
+                    found.append(owner[part] if known is not None else getattr(owner, part))
+                    continue
+                near = known if known is not None else difflib.get_close_matches(part, dir(owner))
+                raise ValueError(
+                    f"Expected a number of the module at {self.target!r}, but there is no {part!r} "
+                    f"in {type(owner).__name__}; near names: {', '.join(near) or 'none'}."
+                )
+            if depth < len(path):
+                owners = found
+        for value in found:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"Expected a number at {self.target!r}, got {type(value).__name__}."
+                )
+        return owners, name
 
 
 class TemperatureScheduler(AttributeScheduler):

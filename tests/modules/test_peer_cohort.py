@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_kd.callbacks import LossWeightScheduler
 from lightning_kd.exchange import (
     Adversarial,
     Attention,
@@ -22,6 +23,7 @@ from lightning_kd.losses import Hint, SoftTarget
 from lightning_kd.models import MultiBranch
 from lightning_kd.modules import PeerCohort
 from lightning_kd.modules.peers import frozen_statistics
+from lightning_kd.schedules import Linear
 from tests.conftest import state_of
 
 EXCHANGES = {
@@ -199,6 +201,16 @@ def test_peers_are_measured_alone_together_and_against_each_other(build, make_tr
         assert float(metrics[f"val/peer_{k}/accuracy"]) == pytest.approx(right[k] / seen)
     assert float(metrics["val/agreement_0_2"]) == pytest.approx(same / seen)
     assert float(metrics["val/ensemble/accuracy"]) == pytest.approx(together / seen)
+
+
+def test_one_scheduler_drives_the_loss_of_every_peer(build, make_trainer, digits):
+    module = build()
+    ramp = LossWeightScheduler(Linear(0.0, 1.0, 4))
+    make_trainer(max_epochs=3, callbacks=[ramp]).fit(module, datamodule=digits())
+    assert [losses["soft_target"].weight for losses in module.losses] == [0.5] * 3
+    wrong = LossWeightScheduler(Linear(0.0, 1.0, 4), "hint")
+    with pytest.raises(ValueError, match="there is no 'hint'"):
+        make_trainer(callbacks=[wrong]).fit(build(), datamodule=digits())
 
 
 def test_mixed_sizes_other_losses_and_views(tiny, make_trainer, digits):
