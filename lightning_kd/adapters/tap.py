@@ -30,15 +30,27 @@ def find_layer(network: nn.Module, layer: str) -> nn.Module:
     )
 
 
+class _Pass:
+    """How far one forward pass has come."""
+
+    def __init__(self) -> None:
+        self.on = False  # else features of a validation batch, or a whole graph, would live on
+        self.calls = 0  # of tapped layers so far; a layer may run more than once
+        self.stop = 0  # number of calls to stop behind; 0: run to the end
+
+
+class _Enough(Exception):
+    """All layers that were asked for are there, and nobody reads what follows."""
+
+
 class _Record:
     """A forward hook that notes one layer's output and that output's version."""
 
-    def __init__(self, store: dict[str, tuple[Tensor, int]], layer: str) -> None:
-        self.store, self.layer = store, layer
-        self.on = False  # else features of a validation batch, or a whole graph, would live on
+    def __init__(self, store: dict[str, tuple[Tensor, int]], layer: str, now: _Pass) -> None:
+        self.store, self.layer, self.now = store, layer, now
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not self.on:
+        if not self.now.on:
             return
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -48,6 +60,9 @@ class _Record:
         # inference mode, which Lightning uses in test, keeps no version
         version = -1 if output.is_inference() else output._version
         self.store[self.layer] = (output, version)
+        self.now.calls += 1
+        if self.now.calls == self.now.stop:
+            raise _Enough
 
 
 class Tap:
@@ -65,7 +80,8 @@ class Tap:
         self.network = network
         self.layers = tuple(dict.fromkeys(layers))
         self._store: dict[str, tuple[Tensor, int]] = {}
-        self._records = [_Record(self._store, layer) for layer in self.layers]
+        self._now, self._calls = _Pass(), 0
+        self._records = [_Record(self._store, layer, self._now) for layer in self.layers]
         self._hooked: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self.hook()
@@ -81,21 +97,29 @@ class Tap:
                 for layer, record in zip(layers, self._records, strict=True)
             ]
 
-    def __call__(self, x: Tensor) -> Knowledge:
+    def __call__(self, x: Tensor, logits: bool = True) -> Knowledge:
         """Run the network on images, shape (B, C, H, W).
+
+        Args:
+            x: Images.
+            logits: Run to the end; else the network stops where the last named layer ran for the
+                last time in the last whole pass, and the logits are empty, shape (B, 0).
 
         Raises:
             RuntimeError: If a tapped layer did not run, or its output was changed in place.
         """
-        for record in self._records:
-            record.on = True
+        self._now.on, self._now.calls = True, 0
+        self._now.stop = 0 if logits else self._calls
         try:
-            output = self.network(x)
+            try:
+                output = self.network(x)
+                self._calls = self._now.calls
+            except _Enough:
+                output = x.new_empty(len(x), 0)
             return Knowledge.of(output, {layer: self._recorded(layer) for layer in self.layers})
         finally:  # nothing of this batch may survive
             self._store.clear()
-            for record in self._records:
-                record.on = False
+            self._now.on = False
 
     def _recorded(self, layer: str) -> Tensor:
         if layer not in self._store:

@@ -20,6 +20,8 @@ class DistillationLoss(nn.Module, ABC):
     weight: float
     #: whether teachers may rule classes out, with logits of minus infinity
     takes_unknown_classes = True
+    #: whether the teachers' logits are read; if nobody reads them, teachers stop before
+    reads_logits = True
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -69,13 +71,16 @@ class DistillationLoss(nn.Module, ABC):
 class LayerLoss(LayerPair, DistillationLoss):
     """A loss between one layer of the student and one of each teacher.
 
-    Give ``forward``, or only ``compare``.
+    Give ``forward``, or only ``compare``. One that reads the teachers' logits too sets
+    ``reads_logits``.
 
     Args:
         student_layer: Dotted name of a student layer.
         teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
         weight: Multiplier of this term in the total loss.
     """
+
+    reads_logits = False
 
     def __init__(
         self, student_layer: str, teacher_layer: str | list[str], weight: float = 1.0

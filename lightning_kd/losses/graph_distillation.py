@@ -47,6 +47,7 @@ class GraphDistillation(LayerLoss):
     """
 
     takes_unknown_classes = False
+    reads_logits = True
 
     def __init__(
         self,

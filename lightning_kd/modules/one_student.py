@@ -26,7 +26,7 @@ class OneStudent(Distiller):
     Subclass a paradigm and override one of these:
 
     - ``unpack(batch)``: the only line that knows the batch layout;
-    - ``teach(x, indices)``: how teachers are asked;
+    - ``teach(x, indices, logits)``: how teachers are asked;
     - ``learn(x)``: the student's answer;
     - ``step(x, target)``: the named, weighted terms of the loss.
     """
@@ -99,10 +99,13 @@ class OneStudent(Distiller):
 
     # ------------------------------------------------------------------ what a subclass overrides
 
-    def teach(self, x: Tensor, indices: Sequence[int]) -> list[Knowledge]:
-        """Ask the teachers of these indices; nothing is differentiated."""
+    def teach(self, x: Tensor, indices: Sequence[int], logits: bool = True) -> list[Knowledge]:
+        """Ask the teachers of these indices; nothing is differentiated.
+
+        Without ``logits`` they run only as far as somebody reads them.
+        """
         with torch.no_grad():  # here, not inside Teacher: other paradigms need the gradient
-            return [self.teachers[m](x) for m in indices]
+            return [self.teachers[m](x, logits) for m in indices]
 
     def learn(self, x: Tensor) -> Knowledge:
         """Ask the student."""
@@ -118,7 +121,8 @@ class OneStudent(Distiller):
         members: list[Knowledge] = []
         if self.losses:
             indices = tuple(self.weighting.active(len(self.teachers)))
-            members = self.teach(x, indices)
+            readers = (*self._losses(), self.weighting)
+            members = self.teach(x, indices, any(part.reads_logits for part in readers))
             for each in self._losses():
                 each.before(members, indices)
         student = self.learn(x)

@@ -72,13 +72,18 @@ class Teacher(nn.Module):
         self._tap.remove()
         self._tap = Tap(self.network, layers)
 
-    def forward(self, x: Tensor) -> Knowledge:
-        """Answer for images, shape (B, C, H, W)."""
+    def forward(self, x: Tensor, logits: bool = True) -> Knowledge:
+        """Answer for images, shape (B, C, H, W).
+
+        Args:
+            x: Images.
+            logits: Run to the end; else only as far as the layers that are listened to.
+        """
         # somebody holds the network, or a part of it, and called train() on it
         if any(module.training for module in self.network.modules()):
             self.network.eval()
-        said = self._tap(x)
-        if self.classes is None:
+        said = self._tap(x, logits)
+        if self.classes is None or not logits:
             return said
         if said.logits.shape[1] != len(self.classes):
             raise ValueError(

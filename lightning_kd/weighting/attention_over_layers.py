@@ -33,6 +33,8 @@ class AttentionOverLayers(LayerPair, Weighting):
         among teachers.
     """
 
+    reads_logits = False
+
     def __init__(
         self,
         student_layer: str,

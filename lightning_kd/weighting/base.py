@@ -25,6 +25,8 @@ class Weighting(nn.Module, ABC):
             raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
         self.space = space
 
+    #: whether the teachers' logits are read in training
+    reads_logits = True
     #: whether weights change during training, and are therefore logged as ``train/trust_<index>``
     varies = True
 

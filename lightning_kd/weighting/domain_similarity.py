@@ -66,6 +66,7 @@ class DomainSimilarity(Weighting):
     weights: Tensor
     wants_images = True
     varies = False
+    reads_logits = False
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class Fixed(Weighting):
 
     weights: Tensor
     varies = False
+    reads_logits = False
 
     def __init__(self, weights: list[float], space: str = "probability") -> None:
         super().__init__(space)

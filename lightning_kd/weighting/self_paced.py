@@ -42,6 +42,8 @@ class SelfPaced(Float32State, Weighting):
     known: Tensor
     counts: Tensor
 
+    reads_logits = False
+
     def __init__(
         self,
         threshold: float = 0.3,

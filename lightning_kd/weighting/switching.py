@@ -32,6 +32,8 @@ class Switching(Weighting):
         Interspeech, section 3.1.
     """
 
+    reads_logits = False
+
     def __init__(
         self,
         probabilities: list[float] | None = None,

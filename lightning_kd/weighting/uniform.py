@@ -20,6 +20,7 @@ class Uniform(Weighting):
     """
 
     varies = False
+    reads_logits = False
 
     def forward(
         self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None

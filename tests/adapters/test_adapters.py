@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torchvision.models import resnet18
 
@@ -111,3 +112,18 @@ def test_outputs_other_than_tensors():
     assert Tap(Wraps({"out": logits}))(logits).logits is logits
     with pytest.raises(TypeError, match="return logits"):
         Tap(Wraps([1, 2]))(logits)
+
+
+def test_a_pass_that_stops_early_gives_the_features_of_a_whole_one():
+    """torchvision's blocks run one ReLU twice: the second output is the one that counts."""
+    network = torchvision.models.resnet18(num_classes=3).eval()
+    tap, x = Tap(network, ["layer1.0.relu", "layer2"]), torch.randn(2, 3, 32, 32)
+    ran = []
+    network.layer3.register_forward_hook(lambda *_: ran.append(1))
+    whole = tap(x)
+    early = tap(x, logits=False)
+    assert len(ran) == 1
+    assert early.logits.shape == (2, 0)
+    for layer in tap.layers:
+        assert torch.equal(whole.features[layer], early.features[layer])
+    assert tap(x).logits.shape == (2, 3)

@@ -205,6 +205,29 @@ def test_switching_asks_one_teacher_a_step_and_all_of_them_in_validation(
     assert min(shares) > 0
 
 
+def test_what_nobody_reads_of_a_teacher_is_not_computed(tiny):
+    networks = [tiny(8), tiny(6)]
+    calls = []
+    for network in networks:
+        network.linear.register_forward_hook(lambda *_: calls.append(1))
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    for losses, weighting, ran in (
+        ([Hint("relu", "conv"), NST("relu", "relu")], Uniform(), 0),
+        ([Hint("relu", "relu")], Confidence(), 2),
+        ([Hint("relu", "relu"), SoftTarget()], Uniform(), 2),
+    ):
+        module = MultiTeacher(tiny(4), networks, losses=losses, weighting=weighting)
+        module.prepare(x)
+        calls.clear()
+        terms = module.step(x, y)
+        assert len(calls) == ran
+        said = module.teach(x, [0])[0]
+        again = module.teach(x, [0], logits=ran > 0)[0]
+        assert all(torch.equal(said.features[k], again.features[k]) for k in said.features)
+        assert said.logits.shape == (4, 10)
+        torch.stack(list(terms.values())).sum().backward()
+
+
 def test_distillation_stops_when_the_student_has_caught_up(build, make_trainer, digits):
     module = build("hint", "self_paced")
     module.prepare(torch.zeros(1, 1, 8, 8))
