@@ -45,6 +45,7 @@ def run(method: str, fraction: float, seed: int) -> dict:
         assert cli.trainer.global_step == 1872
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         report = json.loads(Path(folder, "report.json").read_text())
+        report |= json.loads(Path(folder, "report_test.json").read_text())
         for teacher, spec in zip(
             cli.model.teachers, cli.model.hparams.get("teachers", []), strict=True
         ):

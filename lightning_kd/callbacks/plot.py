@@ -24,7 +24,7 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         return False
     history = report["history"]
     epochs = [row["epoch"] + 1 for row in history]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
 
     def series(key: str) -> tuple[list[float], list[float]]:
@@ -36,8 +36,9 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
     if any(key == "val/loss" for row in history for key in row):
         losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
-    losses.set(xlabel="epoch", ylabel="weighted loss", title="What is learned from", yscale="log")
-    losses.legend(fontsize="small")
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="Terms of the loss", yscale="log")
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": "small"}
+    losses.legend(**beside)
     drawn = False
     curves = [("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")]
     curves += [
@@ -63,9 +64,9 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         accuracies.plot(x, [100 * v for v in y], "k--", label="the cohort together")
     elif y:
         accuracies.axhline(100 * y[-1], color="black", linestyle="--", label="ensemble")
-    accuracies.set(xlabel="epoch", ylabel="validation accuracy in %", title="What is known")
+    accuracies.set(xlabel="epoch", ylabel="% of validation images", title="Accuracy and agreement")
     if drawn:
-        accuracies.legend(loc="lower right")
+        accuracies.legend(**beside)
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -26,7 +26,8 @@ class DistillationReport(Callback):
     Keys: ``student`` (``name``, ``accuracy``, ``ece``, ``parameters``, ``flops`` of one image,
     ``latency_ms`` of one image on the device), ``teachers`` (a list of the same),
     ``ensemble.accuracy``, ``agreement`` of student and ensemble, ``split`` (what the accuracies
-    are measured on: ``val`` after ``fit``, ``test`` after ``test``), ``epoch``, ``seconds``,
+    are measured on: ``val`` after ``fit``; ``test`` writes ``report_test.json``), ``epoch``
+    (counted from 0), ``seconds``,
     ``samples_per_second`` of training, ``seed``, ``versions``, ``config`` (path of the saved
     configuration) and ``history`` (what was logged, epoch by epoch). What was not measured is null.
     Of a cohort ``peers`` lists every network, ``student`` is the most accurate of them (``peer``
@@ -148,7 +149,10 @@ class DistillationReport(Callback):
             "config": _config(folder),
             "history": self.history,
         }
-        self._write(folder, report)
+        path = folder / "report.json"
+        self._write(path, report)
+        if self.plot and report["history"] and plot_report(report, path.with_suffix(".png")):
+            rank_zero_info(f"plot:    {path.with_suffix('.png')}")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,20 +160,13 @@ class DistillationReport(Callback):
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        path = folder / "report.json"
-        report = json.loads(path.read_text()) if path.is_file() else {}
         row = _row(trainer)
-        for key, value in (
-            ("epoch", None),
-            ("seconds", None),
-            ("samples_per_second", None),
-            ("seed", _seed()),
-            ("config", _config(folder)),
-            ("history", []),
-            ("versions", _versions()),
-        ):
-            report.setdefault(key, value)
-        self._write(folder, report | self._measured(row, "test", pl_module))
+        report = self._measured(row, "test", pl_module) | {
+            "seed": _seed(),
+            "versions": _versions(),
+            "config": _config(folder),
+        }
+        self._write(folder / "report_test.json", report)
 
     def _best_row(self, trainer: Trainer) -> dict[str, Any]:
         """Row of the history that the exported student belongs to."""
@@ -220,13 +217,10 @@ class DistillationReport(Callback):
             "agreement": pairs or None,
         }
 
-    def _write(self, folder: Path, report: dict[str, Any]) -> None:
-        path = folder / "report.json"
+    def _write(self, path: Path, report: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(report, indent=2).encode() + b"\n")
         rank_zero_info(summary(report))
         rank_zero_info(f"report:  {path}")
-        if self.plot and report["history"] and plot_report(report, path.with_suffix(".png")):
-            rank_zero_info(f"plot:    {path.with_suffix('.png')}")
 
 
 def _row(trainer: Trainer) -> dict[str, float]:

@@ -142,6 +142,8 @@ def quieten() -> None:
         # loaders of this package hold their data in memory and need no workers
         r".*is smaller than the logging interval.*",
         r"Total length of `list` across ranks is zero.*",
+        # we call it from Python on purpose
+        r"LightningCLI's args parameter is intended.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -31,6 +31,8 @@ def ask(
         with torch.no_grad():
             return answer(x)
     except (RuntimeError, ValueError) as error:
+        if str(error).startswith("Expected a teacher"):  # it says itself what to do
+            raise
         convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
         hint = ""
         if convolution is not None and convolution.in_channels != x.shape[1]:
@@ -62,7 +64,8 @@ def check_classes(
         if teacher.logits.shape[1] != mine:
             raise ValueError(
                 f"Expected teacher {index} and the student to have the same classes, got "
-                f"{teacher.logits.shape[1]} and {mine}: set num_classes, or leave this teacher out."
+                f"{teacher.logits.shape[1]} and {mine}: set num_classes; a teacher of some "
+                f"classes is wrapped, lightning_kd.Teacher(network, classes=[...])."
             )
 
 

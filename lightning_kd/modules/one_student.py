@@ -57,6 +57,9 @@ class OneStudent(Distiller):
         """
         frame = inspect.currentframe()
         assert frame is not None
+        for name, part in (("teachers", teachers), ("losses", losses)):
+            if not isinstance(part, (list, tuple, nn.ModuleList)):
+                raise TypeError(f"Expected a list of {name}, got {type(part).__name__}.")
         for name, value, kind in (
             ("student", [student], nn.Module),
             ("teachers", teachers, nn.Module),
@@ -96,6 +99,7 @@ class OneStudent(Distiller):
         self.weighting = weighting or Uniform()
         self._student_tap: Tap | None = None
         self._trust: tuple[Sequence[int], Tensor] | None = None
+        self._weights_seen = False
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -131,6 +135,7 @@ class OneStudent(Distiller):
             terms["task"] = self.task_weight * self.task_loss(student.logits, target)
         if members:
             weights = self.weighting(members, student, target)
+            self._check_weights(weights, len(members), len(x))
             teachers = Ensemble(members, weights, self.weighting.space, indices)
             self._trust = (indices, weights.detach())
             if weights.requires_grad:  # not every loss asks for them, and DDP wants a gradient
@@ -211,6 +216,26 @@ class OneStudent(Distiller):
             {stage: make_metrics(classes, len(teachers), stage) for stage in ("val", "test")}
         )
         self._student_tap = tap
+
+    def _check_weights(self, weights: Any, count: int, batch: int) -> None:
+        """Look at the shape always, at the values once: that waits for the device."""
+        name = type(self.weighting).__name__
+        if not isinstance(weights, Tensor) or weights.shape not in ((count,), (count, batch)):
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"Expected {name} to return weights of shape ({count},) or ({count}, {batch}), one "
+                f"row a teacher, got {got}."
+            )
+        if self._weights_seen:
+            return
+        self._weights_seen = True
+        total = weights.detach().float().sum(0)
+        if not bool((weights >= 0).all() & ((total - 1).abs() < 1e-2).all()):
+            raise ValueError(
+                f"Expected {name} to return weights >= 0 that sum to 1 over the teachers, got a "
+                f"sum of {float(total.flatten()[0]):.3g} and a least weight of "
+                f"{float(weights.min()):.3g}."
+            )
 
     def _find_layers(self) -> None:
         if self._student_tap is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_kd.adapters import LayerPair
 from lightning_kd.functional import pooled
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 
 class AttentionOverLayers(LayerPair, Weighting):
@@ -40,7 +40,7 @@ class AttentionOverLayers(LayerPair, Weighting):
         student_layer: str,
         teacher_layer: str | list[str],
         dimension: int = 32,
-        space: str = "probability",
+        space: Space = "probability",
     ) -> None:
         super().__init__(space)
         self.student_layer, self.teacher_layer = student_layer, teacher_layer

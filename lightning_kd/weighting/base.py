@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from lightning_kd.knowledge import Ensemble, Knowledge
+
+Space = Literal["probability", "logit"]
 
 
 class Weighting(nn.Module, ABC):
@@ -19,7 +22,7 @@ class Weighting(nn.Module, ABC):
         ValueError: If ``space`` is neither.
     """
 
-    def __init__(self, space: str = "probability") -> None:
+    def __init__(self, space: Space = "probability") -> None:
         super().__init__()
         if space not in ("probability", "logit"):
             raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')

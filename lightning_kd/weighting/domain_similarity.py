@@ -12,7 +12,7 @@ from lightning_kd.adapters import Tap
 from lightning_kd.functional import jensen_shannon, maximum_mean_discrepancy, pooled, renyi
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import sum_over_ranks
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 MOST_SAMPLES = 512  # the discrepancy compares all pairs
 
@@ -73,7 +73,7 @@ class DomainSimilarity(Weighting):
         sources: list[str],
         teacher_layer: str | list[str],
         divergence: Literal["jensen_shannon", "renyi", "mmd"] = "jensen_shannon",
-        space: str = "probability",
+        space: Space = "probability",
     ) -> None:
         super().__init__(space)
         if divergence not in ("jensen_shannon", "renyi", "mmd"):

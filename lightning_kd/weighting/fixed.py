@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -33,7 +33,7 @@ class Fixed(Weighting):
     varies = False
     reads_logits = False
 
-    def __init__(self, weights: list[float], space: str = "probability") -> None:
+    def __init__(self, weights: list[float], space: Space = "probability") -> None:
         super().__init__(space)
         check_weights(weights)
         self.given = list(weights)

@@ -11,7 +11,7 @@ from lightning_kd.functional.precision import Float32State
 from lightning_kd.functional.trust import MOST_GRADIENTS
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import sum_over_ranks, world_size
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 
 class GradientSpace(Float32State, Weighting):
@@ -47,7 +47,7 @@ class GradientSpace(Float32State, Weighting):
         c_max: float = 0.6,
         temperature: float = 4.0,
         normalize: bool = False,
-        space: str = "probability",
+        space: Space = "probability",
     ) -> None:
         super().__init__(space)
         check_positive(temperature, "temperature")

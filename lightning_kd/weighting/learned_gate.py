@@ -10,7 +10,7 @@ from lightning_kd.functional import combine, pooled
 from lightning_kd.functional.precision import full_precision
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.ranks import mean_over_labelled
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 RULED_OUT = 1e5  # a logit that far down is that of a class which a teacher does not know
 
@@ -36,7 +36,7 @@ class LearnedGate(Weighting):
         https://arxiv.org/abs/1806.04606, trains its gate by the same loss.
     """
 
-    def __init__(self, student_layer: str | None = None, space: str = "probability") -> None:
+    def __init__(self, student_layer: str | None = None, space: Space = "probability") -> None:
         super().__init__(space)
         self.student_layer = student_layer
         self._live: Tensor | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_kd.functional.precision import Float32State
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import sum_over_ranks
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 
 
 class SelfPaced(Float32State, Weighting):
@@ -49,7 +49,7 @@ class SelfPaced(Float32State, Weighting):
         threshold: float = 0.3,
         fade: bool = True,
         classes: list[list[int]] | None = None,
-        space: str = "probability",
+        space: Space = "probability",
     ) -> None:
         super().__init__(space)
         if not 0 <= threshold < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.weighting.base import Weighting
+from lightning_kd.weighting.base import Space, Weighting
 from lightning_kd.weighting.fixed import check_weights
 
 
@@ -38,7 +38,7 @@ class Switching(Weighting):
         self,
         probabilities: list[float] | None = None,
         seed: int = 0,
-        space: str = "probability",
+        space: Space = "probability",
     ) -> None:
         super().__init__(space)
         if probabilities is not None:

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.losses import Hint, SoftTarget
 from lightning_kd.models import resnet8
+from lightning_kd.weighting import Weighting
 from tests.conftest import TinyNet
 
 
@@ -104,3 +105,28 @@ def test_a_broken_state_is_never_saved(make_module, make_trainer, digits, tmp_pa
     with pytest.raises(FloatingPointError, match="term hint"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.tensor([2.0, 1.0]), "sum of 3"),
+        (torch.tensor([2.0, -1.0]), "least weight of -1"),
+        (torch.ones(4, 2) / 2, r"of shape \(2,\) or \(2, 4\)"),
+        ([0.5, 0.5], "got list"),
+    ],
+)
+def test_weights_that_are_none_are_told(weights, message, make_module):
+    class Strange(Weighting):
+        def forward(self, teachers, student, target):
+            return weights
+
+    module = make_module(weighting=Strange())
+    module.prepare(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=f"Expected Strange to return weights.*{message}"):
+        module.step(torch.rand(4, 1, 8, 8), torch.arange(4))
+
+
+def test_losses_that_are_no_list_are_told(make_module):
+    with pytest.raises(TypeError, match="Expected a list of losses, got SoftTarget"):
+        make_module(losses=SoftTarget())

@@ -154,7 +154,7 @@ def test_two_ranks_share_a_folder_and_end_with_all_files(tmp_path):
     logged = tmp_path / "logs" / "lightning_logs" / "version_0"
     assert written < {p.name for p in logged.iterdir()}
     report = json.loads((logged / "report.json").read_text())
-    assert report["split"] == "test"
+    assert json.loads((logged / "report_test.json").read_text())["split"] == "test"
     assert report["student"]["accuracy"] is not None
     assert report["history"][0]["train/hint"] > 0
     fresh = tmp_path / "fresh"
