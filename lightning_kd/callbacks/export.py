@@ -75,7 +75,7 @@ class ExportStudent(Callback):
         networks = pl_module.learners()
         best = pl_module.best_learner(accuracies)
         # of several learners each has a file, and the best one is the student
-        for name, network in [*networks.items(), ("student", networks[best])]:
+        for name, network in (networks | {"student": networks[best]}).items():
             learner = name if name in networks else best
             weights = {
                 k: v.detach().cpu().contiguous()

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange, mean_of
-from lightning_kd.exchange.shadow import Shadow
+from lightning_kd.exchange.base import mean_of
+from lightning_kd.exchange.shadow import Shadowed
+from lightning_kd.functional.checks import check_space
 from lightning_kd.knowledge import Ensemble, Knowledge
 
 
-class Codistillation(Exchange):
+class Codistillation(Shadowed):
     """Every peer learns from snapshots of the others, which are renewed every so many steps.
 
     Stale teachers are as good as fresh ones, so that peers on machines of their own need to send
@@ -36,16 +36,8 @@ class Codistillation(Exchange):
             raise ValueError(
                 f"Expected refresh_every >= 1 and burn_in >= 0, got {refresh_every} and {burn_in}."
             )
-        if space not in ("probability", "logit"):
-            raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+        check_space(space)
         self.refresh_every, self.burn_in, self.space = refresh_every, burn_in, space
-        self.steps = 0
-        self._said: list[Knowledge] = []
-
-    def attach(self, peers: nn.Module) -> None:
-        """Take the first snapshot."""
-        if not hasattr(self, "shadow"):
-            self.shadow = Shadow(peers)
 
     def before(self, views: Sequence[Tensor]) -> None:
         """Ask the snapshots."""
@@ -74,11 +66,3 @@ class Codistillation(Exchange):
         # the first teachers are those of the end of the burn-in
         if self.steps == self.burn_in or self.steps % self.refresh_every == 0:
             self.shadow.follow(peers)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Number of steps so far, for the checkpoint."""
-        return {"steps": self.steps}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on after that many steps."""
-        self.steps = state["steps"]

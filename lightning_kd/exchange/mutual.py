@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.functional.checks import check_space
 from lightning_kd.knowledge import Ensemble, Knowledge
 
 
@@ -26,8 +27,7 @@ class Mutual(Exchange):
 
     def __init__(self, space: str = "probability") -> None:
         super().__init__()
-        if space not in ("probability", "logit"):
-            raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+        check_space(space)
         self.space = space
 
     def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange
-from lightning_kd.exchange.shadow import Shadow
+from lightning_kd.exchange.shadow import Shadowed
 from lightning_kd.functional import pooled, task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.ranks import mean_over_labelled
 
 
-class PeerCollaborative(Exchange):
+class PeerCollaborative(Shadowed):
     r"""Peers learn from a classifier on all features and from moving averages of each other (PCL).
 
     .. math:: CE(z_e, y) + \sum_k \tau^2 [KL(z_e \| z_k) +
@@ -41,17 +39,10 @@ class PeerCollaborative(Exchange):
         if not 0 <= decay < 1:
             raise ValueError(f"Expected decay in [0, 1), got {decay}.")
         self.layer, self.decay = layer, decay
-        self._said: list[Knowledge] = []
-        self.steps = 0
 
     def layers(self) -> Sequence[str]:
         """The feature layer."""
         return (self.layer,)
-
-    def attach(self, peers: nn.Module) -> None:
-        """Start the moving averages."""
-        if not hasattr(self, "shadow"):
-            self.shadow = Shadow(peers)
 
     def build(self, peers: Sequence[Knowledge]) -> None:
         """Make the classifier on all peers' features."""
@@ -99,11 +90,3 @@ class PeerCollaborative(Exchange):
     def answer(self, peers: Sequence[Knowledge]) -> Tensor:
         """The joint classifier."""
         return self.joint(peers).log_softmax(1)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Number of steps so far, for the checkpoint."""
-        return {"steps": self.steps}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on after that many steps."""
-        self.steps = state["steps"]

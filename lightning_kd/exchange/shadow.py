@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.exchange.base import Exchange
 from lightning_kd.knowledge import Knowledge
 
 
@@ -42,3 +44,25 @@ class Shadow(nn.Module):
                 own.lerp_(new, 1 - decay)
             else:
                 own.copy_(new)
+
+
+class Shadowed(Exchange):
+    """An exchange in which a shadow of the peers teaches; counts their steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self._said: list[Knowledge] = []
+
+    def attach(self, peers: nn.Module) -> None:
+        """Make the shadow."""
+        if not hasattr(self, "shadow"):
+            self.shadow = Shadow(peers)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Number of steps so far, for the checkpoint."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on after that many steps."""
+        self.steps = state["steps"]

@@ -14,6 +14,12 @@ def check_same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
         )
 
 
+def check_space(space: str) -> None:
+    """Raise ``ValueError`` unless ``space`` is one in which answers can be averaged."""
+    if space not in ("probability", "logit"):
+        raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+
+
 def check_positive(value: float, name: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
     if not (value > 0 and math.isfinite(value)):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.functional.checks import check_positive, check_same_shape
+from lightning_kd.functional.checks import check_positive, check_same_shape, check_space
 from lightning_kd.functional.precision import full_precision
 
 
@@ -161,11 +161,10 @@ def combine(logits: Tensor, weights: Tensor, temperature: float, space: str) -> 
         probability mean equals that of the weighted mean of the KLs, so weighting lives here only.
     """
     check_positive(temperature, "temperature")
+    check_space(space)
     shaped = weights.to(logits).reshape(*weights.shape, *(1,) * (logits.dim() - weights.dim()))
     if space == "logit":
         # who counts for nothing rules nothing out: 0 times minus infinity would be NaN
         weighted = torch.where(shaped > 0, shaped * logits, 0.0)
         return F.log_softmax(weighted.sum(0) / temperature, dim=1)
-    if space != "probability":
-        raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
     return torch.logsumexp(F.log_softmax(logits / temperature, dim=2) + shaped.log(), dim=0)

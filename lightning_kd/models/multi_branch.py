@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_kd.adapters import find_layer
+
 
 class _Cut(fx.Tracer):
     """Sees through the modules that hold the named layer, and takes all others as they are."""
@@ -52,12 +54,7 @@ def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphMo
     Raises:
         ValueError: If there is no such layer, or a later layer reads something from before the cut.
     """
-    names = [name for name, _ in network.named_modules() if name]
-    if layer not in names:
-        raise ValueError(
-            f"Expected the name of a layer of {type(network).__name__}, got {layer!r}: one of "
-            f"{', '.join(n for n in names if n.count('.') < 2)}."
-        )
+    find_layer(network, layer)  # a wrong name is told with near ones
     graph = _Cut(layer).trace(network)
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == layer]
     if len(calls) != 1:

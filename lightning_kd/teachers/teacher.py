@@ -52,6 +52,7 @@ class Teacher(nn.Module):
                 f"num_classes {num_classes}."
             )
         self._given = (network.eval().requires_grad_(False),)
+        self._parts = tuple(network.modules())  # walking the tree at each step would be slow
         self._lent = False
         self.num_classes = num_classes
         places = None if classes is None else torch.tensor(classes)
@@ -80,7 +81,7 @@ class Teacher(nn.Module):
             logits: Run to the end; else only as far as the layers that are listened to.
         """
         # somebody holds the network, or a part of it, and called train() on it
-        if any(module.training for module in self.network.modules()):
+        if any(part.training for part in self._parts):
             self.network.eval()
         said = self._tap(x, logits)
         if self.classes is None or not logits:

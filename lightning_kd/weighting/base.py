@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_kd.functional.checks import check_space
 from lightning_kd.knowledge import Ensemble, Knowledge
 
 Space = Literal["probability", "logit"]
@@ -24,8 +25,7 @@ class Weighting(nn.Module, ABC):
 
     def __init__(self, space: Space = "probability") -> None:
         super().__init__()
-        if space not in ("probability", "logit"):
-            raise ValueError(f'Expected space to be "probability" or "logit", got {space!r}.')
+        check_space(space)
         self.space = space
 
     #: whether the teachers' logits are read in training

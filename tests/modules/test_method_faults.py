@@ -41,7 +41,10 @@ def test_fit_after_a_validation_of_its_own(make_module, make_trainer, digits):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=data)
     make_trainer().validate(module, datamodule=data, verbose=False)
-    make_trainer(max_epochs=1).fit(module, datamodule=data)
+    again = make_trainer(max_epochs=1)
+    again.fit(module, datamodule=data)
+    assert "val/accuracy" in trainer.callback_metrics
+    assert "val/accuracy" in again.callback_metrics
 
 
 def experts(tiny):
@@ -157,7 +160,10 @@ def test_counts_and_running_weights_stay_in_full_precision(kind):
 
 def test_module_that_already_has_the_precision_of_the_run(make_module, make_trainer, digits):
     module = make_module().double()
-    make_trainer(max_epochs=1, precision="64-true").fit(module, datamodule=digits())
+    trainer = make_trainer(max_epochs=1, precision="64-true")
+    trainer.fit(module, datamodule=digits())
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert module.student.conv.weight.dtype == torch.float64
 
 
 def test_copy_that_is_cast_leaves_the_teacher_alone(make_module):
