@@ -39,3 +39,13 @@ def mean_over_labelled(values: Tensor, target: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # a measurement on some processes must not wait for the others
         count = sum_over_ranks(count) / world_size()
     return values.sum() / count.clamp(min=1e-6)
+
+
+def gather_over_ranks(values: Tensor) -> list[Tensor]:
+    """The tensors of all processes in order, without gradient; every process must ask."""
+    values = values.detach().contiguous()
+    if world_size() == 1:
+        return [values]
+    everyone = [torch.empty_like(values) for _ in range(world_size())]
+    torch.distributed.all_gather(everyone, values)
+    return everyone

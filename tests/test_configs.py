@@ -75,6 +75,8 @@ def test_config_runs(config, tmp_path):
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]
+    if "peer_per_process" in config.name:  # processes of its own: tests/modules
+        args += ["--trainer.devices=1", "--trainer.strategy=auto"]
     cli = main(
         ["fit", "-c", str(tmp_path / "c.yaml"), f"--trainer.default_root_dir={tmp_path}", *args]
     )

@@ -8,8 +8,8 @@ import lightning_kd
 PACKAGE = Path(lightning_kd.__file__).parent
 # lower rooms first: a room imports from itself and from those before it
 ORDER = [
-    "functional", "ranks", "knowledge", "schedules", "adapters", "losses", "weighting", "exchange",
-    "teachers", "models", "modules", "callbacks", "data", "cli",
+    "functional", "ranks", "strategies", "knowledge", "schedules", "adapters", "losses",
+    "weighting", "exchange", "teachers", "models", "modules", "callbacks", "data", "cli",
 ]  # fmt: skip
 
 

@@ -100,7 +100,8 @@ class DistillationReport(Callback):
     ) -> None:
         # Distiller knows the layout of its batch; slicing here would not
         assert isinstance(pl_module, Distiller)
-        self.samples += len(pl_module.unpack(batch)[0]) * trainer.world_size
+        copies: int = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+        self.samples += len(pl_module.unpack(batch)[0]) * copies
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

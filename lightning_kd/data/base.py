@@ -151,14 +151,15 @@ class ImageData(LightningDataModule):
             raise RuntimeError(
                 f"{type(self).__name__} has no data yet: call setup('fit') or setup('test') first."
             )
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         order = Order(
             len(source[1]),
             self.batch_size,
             shuffle=train,
             seed=lambda: self.shuffle_seed or 0,
             drop_last=self.drop_last,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=share.get("rank", 0),
+            world_size=share.get("num_replicas", 1),
         )
         ranks = order.world_size
         if not len(order) or len(source[1]) < ranks:

@@ -94,13 +94,12 @@ class Collective(Float32State, Exchange):
     def update(self) -> None:
         """Renew the shares from the validation that has just ended."""
         count = sum_over_ranks(self.count)
-        covariance = sum_over_ranks(self.errors) / count.clamp(min=1)
+        covariance = (sum_over_ranks(self.errors) / count.clamp(min=1)).double()
         size = len(covariance)
-        damped = covariance + (self.ridge * covariance.trace() / size + 1e-12) * torch.eye(
-            size, device=covariance.device
-        )
-        solved = torch.linalg.solve(damped, torch.ones(size, device=covariance.device))
-        shares = simplex_projection(solved / solved.sum())
+        one = torch.ones(size, dtype=torch.float64, device=covariance.device)
+        damping = self.ridge * covariance.trace() / size + 1e-12
+        solved = torch.linalg.solve(covariance + damping * one.diag(), one)
+        shares = simplex_projection(solved / solved.sum()).to(self.shares.dtype)
         self.shares.copy_(torch.where(count > 0, shares, self.shares))
         self.errors.zero_()
         self.count.zero_()

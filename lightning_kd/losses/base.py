@@ -22,6 +22,8 @@ class DistillationLoss(nn.Module, ABC):
     takes_unknown_classes = True
     #: whether the teachers' logits are read; if nobody reads them, teachers stop before
     reads_logits = True
+    #: whether something flows into the student's own forward pass, by ``attach`` and ``before``
+    changes_student = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

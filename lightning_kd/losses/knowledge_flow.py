@@ -33,6 +33,8 @@ class KnowledgeFlow(LayerLoss):
         its answer of before, which needs the weights of an earlier step.
     """
 
+    changes_student = True
+
     def __init__(
         self, student_layer: str, teacher_layer: str | list[str], weight: float = 0.1
     ) -> None:

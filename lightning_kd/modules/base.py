@@ -19,6 +19,7 @@ from lightning_kd.modules.finite import FiniteWatch
 from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.strategies import last_checkpoint
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
 
@@ -262,13 +263,11 @@ class Distiller(LightningModule):
     def _raise_if_not_finite(self) -> None:
         broken = self._watch.broken()
         if broken:
-            saver = self.trainer.checkpoint_callback
-            last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
-            kept = f" The last good checkpoint is {last}." if last else ""
             raise FloatingPointError(
                 f"Loss term {', '.join(broken)} became NaN or infinite in epoch "
                 f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
-                f"learning rate, or clip gradients (--trainer.gradient_clip_val 1).{kept}"
+                f"learning rate, or clip gradients (--trainer.gradient_clip_val 1)."
+                f"{last_checkpoint(self.trainer)}"
             )
 
 

@@ -15,6 +15,7 @@ from lightning_kd.losses import DistillationLoss
 from lightning_kd.losses.base import by_name
 from lightning_kd.modules.base import Distiller, cut_prefix
 from lightning_kd.modules.dry_run import ask, check_classes, training_images
+from lightning_kd.modules.lessons import lesson, refuse_shared_weights
 from lightning_kd.modules.measure import make_metrics, update_metrics
 from lightning_kd.teachers import Teacher
 from lightning_kd.weighting import Uniform, Weighting
@@ -88,18 +89,11 @@ class OneStudent(Distiller):
                 "Expected each Teacher once, got one twice: wrap its network anew in each place."
             )
         self.teachers = nn.ModuleList(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
-        mine = {p.data_ptr() for p in student.parameters()} - {0}  # of empty ones it is 0
-        for index, teacher in enumerate(self._teachers()):
-            if any(p.data_ptr() in mine for p in teacher.network.parameters()):
-                raise ValueError(
-                    f"Expected student and teacher {index} to be separate networks, got shared "
-                    f"weights: give one of them as copy.deepcopy(network)."
-                )
+        refuse_shared_weights([student], self._teachers())
         self.losses = nn.ModuleDict(by_name(losses))
         self.weighting = weighting or Uniform()
         self._student_tap: Tap | None = None
         self._trust: tuple[Sequence[int], Tensor] | None = None
-        self._weights_seen = False
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -134,18 +128,10 @@ class OneStudent(Distiller):
         if target is not None and self.task_weight:
             terms["task"] = self.task_weight * self.task_loss(student.logits, target)
         if members:
-            weights = self.weighting(members, student, target)
-            self._check_weights(weights, len(members), len(x))
-            teachers = Ensemble(members, weights, self.weighting.space, indices)
+            losses = dict(zip(self.losses, self._losses(), strict=True))
+            more, weights = lesson(student, members, indices, losses, self.weighting, target)
             self._trust = (indices, weights.detach())
-            if weights.requires_grad:  # not every loss asks for them, and DDP wants a gradient
-                terms["gate"] = 0.0 * weights.sum()
-            for name, loss in zip(self.losses, self._losses(), strict=True):
-                value = loss(student, teachers, target)
-                terms[name] = loss.weight * self.weighting.strength * value
-            gate = self.weighting.loss(teachers, target)
-            if gate is not None:
-                terms["gate"] = gate
+            terms |= more
         if len(indices) < len(self.teachers) and self.losses:
             # DDP and optimizers see every adapter each step, whoever was asked
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
@@ -216,26 +202,6 @@ class OneStudent(Distiller):
             {stage: make_metrics(classes, len(teachers), stage) for stage in ("val", "test")}
         )
         self._student_tap = tap
-
-    def _check_weights(self, weights: Any, count: int, batch: int) -> None:
-        """Look at the shape always, at the values once: that waits for the device."""
-        name = type(self.weighting).__name__
-        if not isinstance(weights, Tensor) or weights.shape not in ((count,), (count, batch)):
-            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(
-                f"Expected {name} to return weights of shape ({count},) or ({count}, {batch}), one "
-                f"row a teacher, got {got}."
-            )
-        if self._weights_seen:
-            return
-        self._weights_seen = True
-        total = weights.detach().float().sum(0)
-        if not bool((weights >= 0).all() & ((total - 1).abs() < 1e-2).all()):
-            raise ValueError(
-                f"Expected {name} to return weights >= 0 that sum to 1 over the teachers, got a "
-                f"sum of {float(total.flatten()[0]):.3g} and a least weight of "
-                f"{float(weights.min()):.3g}."
-            )
 
     def _find_layers(self) -> None:
         if self._student_tap is not None:

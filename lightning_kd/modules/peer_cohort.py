@@ -10,20 +10,23 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_kd.exchange import Adversarial, Exchange, Mutual
+from lightning_kd.exchange import Exchange, Mutual
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
 from lightning_kd.losses.base import by_name
-from lightning_kd.modules.base import cut_prefix
+from lightning_kd.modules.cohort import Cohort
 from lightning_kd.modules.dry_run import ask
-from lightning_kd.modules.manual import ManualSteps
+from lightning_kd.modules.lessons import Lessons
 from lightning_kd.modules.measure import make_cohort_metrics, update_cohort_metrics
-from lightning_kd.modules.peers import Peers, frozen_statistics
+from lightning_kd.modules.peers import Peers
+from lightning_kd.modules.updates import one_after_the_other, play, players
+from lightning_kd.ranks import gather_over_ranks
+from lightning_kd.weighting import Uniform, Weighting
 
 Update = Literal["simultaneous", "sequential", "alternating"]
 
 
-class PeerCohort(ManualSteps):
+class PeerCohort(Cohort):
     r"""Untrained networks learn together, each from the labels and from its peers.
 
     .. math:: \sum_k \Big[ w_{task} CE(z_k, y) + w(t) \sum_i w_i L_i(k, peers) \Big]
@@ -44,6 +47,10 @@ class PeerCohort(ManualSteps):
             ``"alternating"``: simultaneous, then a game against discriminators on the same batch,
             for the exchange ``Adversarial`` (2 K forward passes; ``global_step`` counts three
             steps a batch, the sequential update K).
+        teachers: Trained networks that every peer learns from beside its peers.
+        teacher_losses: What these transfer; every peer gets its own copy. ``null``: ``SoftTarget``
+            at temperature 4. In the log they are ``peer_0/teacher/soft_target``.
+        weighting: How far each teacher is trusted; ``null``: all the same.
         view: A random transform of a batch of images, drawn anew for each peer; ``null``: all
             peers see the same images. Branches share one view.
         task_weight: Multiplier of the cross-entropy with the labels; labels of -1 are left out.
@@ -69,6 +76,9 @@ class PeerCohort(ManualSteps):
         exchange: Exchange | None = None,
         losses: list[DistillationLoss] | None = None,
         update: Update = "simultaneous",
+        teachers: list[nn.Module] | None = None,
+        teacher_losses: list[DistillationLoss] | None = None,
+        weighting: Weighting | None = None,
         view: nn.Module | None = None,
         task_weight: float = 1.0,
         label_smoothing: float = 0.0,
@@ -111,16 +121,28 @@ class PeerCohort(ManualSteps):
                 f"parameters, or whose exchange learns through all of them, cannot step apart."
             )
         given = [SoftTarget(temperature=1.0)] if losses is None else losses
+        for loss in given:
+            if type(loss).attach is not DistillationLoss.attach:
+                raise ValueError(
+                    f"Expected losses that compare answers, got {type(loss).__name__}, which uses "
+                    f"a teacher's layers: peers are being trained. Give it in teacher_losses."
+                )
         self.losses = nn.ModuleList(
             nn.ModuleDict(by_name([copy.deepcopy(loss) for loss in given])) for _ in self.names
         )
+        if not teachers and (teacher_losses or weighting):
+            raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
+        self.lessons = Lessons(
+            teachers or [],
+            [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses,
+            weighting or Uniform(),
+            list(self.peers.branch.branches if self.peers.branching else self.peers.networks),
+        )
+        inside = [type(loss).__name__ for loss in teacher_losses or () if loss.changes_student]
+        if inside and self.peers.branching:
+            raise ValueError(f"Expected separate networks with {inside}, got branches of one.")
         self.update, self.view, self.clip_norm = update, view, clip_norm
         self.automatic_optimization = update == "simultaneous" and clip_norm is None
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the peers in the log."""
-        return [f"peer_{k}" for k in range(len(self.peers))]
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -136,79 +158,63 @@ class PeerCohort(ManualSteps):
         """Compute the weighted terms of all peers' losses by name, each a scalar."""
         views = self.look(x)
         self.exchange.before(views)
+        lessons = self.lessons.ask(views)
         peers = self.peers(views)
         terms: dict[str, Tensor] = {}
         for k, teachers in enumerate(self.exchange(peers, target)):
-            terms |= self.terms_of(k, peers[k], teachers, target)
+            if self.peers.mine in (None, k):
+                terms |= self.terms_of(k, peers[k], teachers, target, lessons[k])
+        if self.peers.mine is not None:
+            return self._with_others(terms)
         return terms | self.exchange.terms(peers, target)
 
     def terms_of(
-        self, k: int, peer: Knowledge, teachers: Ensemble | None, target: Tensor | None
+        self,
+        k: int,
+        peer: Knowledge,
+        teachers: Ensemble | None,
+        target: Tensor | None,
+        lesson: dict[int, Knowledge] | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted terms of one peer's loss by name."""
+        """Weighted terms of one peer's loss by name.
+
+        Args:
+            k: Which peer.
+            peer: What it says.
+            teachers: What its peers teach it; None: nothing now.
+            target: Labels (B, ...), -1 where unlabelled, or None.
+            lesson: What trained teachers say, by teacher.
+        """
         terms: dict[str, Tensor] = {}
         if target is not None and self.task_weight:
-            value = self.task_loss(peer.logits, target)
-            terms[f"peer_{k}/task"] = self.task_weight * value
-        losses = self.losses[k]
-        assert isinstance(losses, nn.ModuleDict)
-        if teachers is None:
-            return terms
-        for name, loss in losses.items():
-            assert isinstance(loss, DistillationLoss)
-            terms[f"peer_{k}/{name}"] = loss.weight * loss(peer, teachers, target)
+            terms["task"] = self.task_weight * self.task_loss(peer.logits, target)
+        for loss, name in self._losses(k).items():
+            if teachers is not None:
+                terms[name] = loss.weight * loss(peer, teachers, target)
+            else:  # DDP wants a gradient of every adapter
+                unused = [p.sum() for p in loss.parameters()] or [peer.logits.sum()]
+                terms[name] = 0.0 * torch.stack(unused).sum()
+        if lesson:
+            more = self.lessons.terms(k, peer, lesson, target)
+            terms |= {f"teacher/{name}": value for name, value in more.items()}
+        return {f"peer_{k}/{name}": value for name, value in terms.items()}
+
+    def _with_others(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of all peers, those of other processes without gradient."""
+        values = gather_over_ranks(torch.stack(list(mine.values())))
+        prefix = f"peer_{self.peers.mine}/"
+        terms: dict[str, Tensor] = {}
+        for k, theirs in enumerate(values):
+            names = [f"peer_{k}/{name.removeprefix(prefix)}" for name in mine]
+            terms |= mine if k == self.peers.mine else dict(zip(names, theirs, strict=True))
         return terms
 
     # ------------------------------------------------------------------ parts
 
-    @property
-    def prepared(self) -> bool:
-        """Whether the dry run has been made."""
-        return self.peers.prepared
-
     def trained(self) -> Sequence[nn.Module]:
-        """Peers, adapters, and what the exchange learns outside of a game."""
-        parts = (self.peers, self.losses)
+        """Peers, adapters, gates, and what the exchange learns outside of a game."""
+        parts = (self.peers, self.losses, self.lessons)
         return parts if self.exchange.alternates else (*parts, self.exchange)
-
-    def learners(self) -> dict[str, nn.Module]:
-        """The peers; each branch of a ``MultiBranch`` as a network of its own."""
-        if not self.peers.branching:
-            return dict(zip(self.names, self.peers.networks, strict=True))
-        networks = {}
-        for k, name in enumerate(self.names):
-            networks[name] = copy.deepcopy(self.peers.branch.plain)
-            networks[name].load_state_dict(self.peers.state(k))
-        return networks
-
-    def learner_state(self, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One peer's weights."""
-        k = self.names.index(name)
-        if not self.peers.branching:
-            return cut_prefix(state, f"peers.networks.{k}.")
-        inside = cut_prefix(state, "peers.networks.0.")
-        return cut_prefix(inside, "trunk.") | cut_prefix(inside, f"branches.{k}.")
-
-    def learner_config(self, name: str) -> Any:
-        """One peer's configuration."""
-        configs = dict(self.hparams).get("peers")
-        if configs is None:
-            return None
-        if self.peers.branching:
-            return configs[0]["init_args"]["network"]
-        return configs[self.names.index(name)]
-
-    def learner_accuracies(self) -> list[float]:
-        """Accuracy of each peer at the last validation."""
-        metrics = self.trainer.callback_metrics
-        keys = [f"val/{name}/accuracy" for name in self.names]
-        return [float(metrics[key]) for key in keys] if all(k in metrics for k in keys) else []
-
-    def best_learner(self, accuracies: Sequence[float]) -> str:
-        """The peer of the highest accuracy; the last one (a leader) where nothing was measured."""
-        if not accuracies:
-            return self.names[-1]
-        return self.names[max(range(len(accuracies)), key=lambda k: accuracies[k])]
 
     def forward(self, x: Tensor) -> Tensor:
         """The cohort's answer as log-probabilities (B, K) for images (B, C, H, W)."""
@@ -223,11 +229,8 @@ class PeerCohort(ManualSteps):
         """
         if self.prepared:
             return
-        first = self.losses[0]
-        assert isinstance(first, nn.ModuleDict)
-        layers = list(self.exchange.layers())
-        for loss in first.values():
-            assert isinstance(loss, DistillationLoss)
+        layers = [*self.exchange.layers(), *self.lessons.student_layers()]
+        for loss in self._losses(0):
             layers += loss.student_layers()
             layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
         self.peers.listen(list(dict.fromkeys(layers)))
@@ -246,11 +249,10 @@ class PeerCohort(ManualSteps):
             )
         self.exchange.attach(self.peers)
         self.exchange.build(said)
-        for losses, peer in zip(self.losses, said, strict=True):
-            assert isinstance(losses, nn.ModuleDict)
-            for loss in losses.values():
-                assert isinstance(loss, DistillationLoss)
+        for k, peer in enumerate(said):
+            for loss in self._losses(k):
                 loss.build(peer, said)
+        self.lessons.build(said, x)
         self.losses.to(x.device)
         self.exchange.to(x.device)
         self.input_shape = tuple(x.shape[1:])
@@ -263,25 +265,25 @@ class PeerCohort(ManualSteps):
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
         super().setup(stage)
-        self.peers.hook()
+        self._find_layers()
 
     def on_fit_start(self) -> None:
         """Find layers again, where some were replaced."""
         super().on_fit_start()
+        self._find_layers()
+
+    def _find_layers(self) -> None:
         self.peers.hook()
+        if not self.peers.branching:
+            self.lessons.attach(list(self.peers.networks))
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all peers; with a game, two more: for it, and for discriminators."""
         first: Any = super().configure_optimizers()
         if not self.exchange.alternates:
             return first
-        assert isinstance(self.exchange, Adversarial)
-        players = [*self.peers.parameters(), *self.exchange.transfers.parameters()]
-        judges = list(self.exchange.discriminators.parameters())
-        rate = self.exchange.learning_rate
-        game = [torch.optim.Adam(p, lr=rate, betas=(0.5, 0.999)) for p in (players, judges)]
         first = first if isinstance(first, dict) else {"optimizer": first}
-        return [first, *({"optimizer": optimizer} for optimizer in game)]
+        return [first, *({"optimizer": optimizer} for optimizer in players(self))]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One step of every peer; returns the named terms, detached for callbacks."""
@@ -290,43 +292,14 @@ class PeerCohort(ManualSteps):
         x, target = self.unpack(batch)
         optimizer: Any = self.optimizers()
         if self.update == "sequential":
-            terms = self._one_after_the_other(optimizer, x, target)
+            terms = one_after_the_other(self, optimizer, x, target)
         elif self.update == "alternating":
-            terms = self._play(optimizer, x, target)
+            terms = play(self, optimizer, x, target)
         else:
             terms = self.step(x, target)
             self.advance(optimizer, terms, self.peers.networks, self.clip_norm)
         self.advance_schedules()
         return self.note(terms, len(x))
-
-    def _one_after_the_other(
-        self, optimizer: Any, x: Tensor, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        views = self.look(x)
-        self.exchange.before(views)
-        peers = self.peers(views)
-        terms: dict[str, Tensor] = {}
-        for k in range(len(peers)):
-            teachers = self.exchange(peers, target)[k]
-            mine = self.terms_of(k, peers[k], teachers, target)
-            self.advance(optimizer, mine, [self.peers.networks[k]], self.clip_norm)
-            terms |= mine
-            if k + 1 < len(peers):
-                peers[k] = self.peers.refresh(k, views[k])
-        return terms
-
-    def _play(
-        self, optimizers: Sequence[Any], x: Tensor, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        learner, player, judge = optimizers
-        terms = self.step(x, target)
-        self.advance(learner, terms, self.peers.networks, self.clip_norm)
-        with frozen_statistics(self.peers):  # a second look at the same batch
-            peers = self.peers(self.look(x))
-        fooled, told = self.exchange.fool(peers), self.exchange.tell_apart(peers)
-        self.advance(player, fooled, self.peers.networks, self.clip_norm)
-        self.advance(judge, told)
-        return terms | fooled | told
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the exchange see the peers after their step."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.adapters import Tap
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.models import MultiBranch
+from lightning_kd.ranks import gather_over_ranks
 
 
 @contextlib.contextmanager
@@ -52,6 +53,8 @@ class Peers(nn.Module):
                         f"Expected peers to be separate networks, but peers "
                         f"{owners[p.data_ptr()]} and {index} share weights: build each anew."
                     )
+        #: the one peer that this process asks, where each process has its own; None: it asks all
+        self.mine: int | None = None
         self._taps: list[Tap] = []
         self._trunk: Tap | None = None
 
@@ -98,6 +101,10 @@ class Peers(nn.Module):
         Args:
             views: Images (B, C, H, W) for each peer; branches share the first.
         """
+        if self.mine is not None:
+            said = self._taps[self.mine](views[self.mine])
+            everyone = [Knowledge(logits) for logits in gather_over_ranks(said.logits)]
+            return [said if k == self.mine else other for k, other in enumerate(everyone)]
         if not self.branching:
             return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
         assert self._trunk is not None

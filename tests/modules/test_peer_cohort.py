@@ -19,11 +19,12 @@ from lightning_kd.exchange import (
     Mutual,
     PeerCollaborative,
 )
-from lightning_kd.losses import Hint, SoftTarget
+from lightning_kd.losses import Hint, KnowledgeFlow, SoftTarget
 from lightning_kd.models import MultiBranch
 from lightning_kd.modules import PeerCohort
 from lightning_kd.modules.peers import frozen_statistics
 from lightning_kd.schedules import Linear
+from lightning_kd.weighting import LearnedGate, SelfPaced
 from tests.conftest import state_of
 
 EXCHANGES = {
@@ -326,3 +327,98 @@ def test_bad_cohorts_are_told(tiny):
         MultiBranch(tiny(4), "nowhere")
     with pytest.raises(ValueError, match="at least 2 branches"):
         MultiBranch(tiny(4), "conv", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": [KnowledgeFlow("relu", "relu")]}, "teacher_losses"),
+        ({"weighting": SelfPaced(), "teachers": True}, "batch alone"),
+        ({"weighting": LearnedGate()}, "Expected teachers"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(tiny, options, message):
+    if options.pop("teachers", False):
+        options["teachers"] = [tiny(4)]
+    with pytest.raises(ValueError, match=message):
+        PeerCohort([tiny(4), tiny(4)], **options)
+
+
+def test_teacher_that_is_a_peer_is_refused(tiny):
+    peer = tiny(4)
+    with pytest.raises(ValueError, match="separate networks"):
+        PeerCohort([peer, tiny(4)], teachers=[peer])
+
+
+# ------------------------------------------------------------------ trained teachers in a cohort
+
+
+def test_teachers_in_a_cohort_equal_a_slow_sum(tiny):
+    """Labels, peers and teachers: three terms for each peer, teachers asked once a batch."""
+    torch.manual_seed(0)
+    peers, teachers = [tiny(4), tiny(6)], [tiny(8), tiny(8)]
+    module = PeerCohort(
+        copy.deepcopy(peers), teachers=teachers, teacher_losses=[SoftTarget(3.0, weight=0.5)]
+    ).double()
+    x, y = torch.rand(6, 1, 8, 8).double(), torch.tensor([0, 1, 2, -1, 3, 4])
+    module.prepare(x)
+    asked = []
+    for teacher in teachers:
+        teacher.register_forward_hook(lambda *_: asked.append(1))
+    terms = module.step(x, y)
+    assert len(asked) == 2
+    assert set(terms) == {
+        f"peer_{k}/{name}"
+        for k in (0, 1)
+        for name in ("task", "soft_target", "teacher/soft_target")
+    }
+    sum(terms.values()).backward()
+    for peer in peers:
+        peer.double()
+    said = [peer(x) for peer in peers]
+    known = y >= 0
+    slow = 0.0
+    with torch.no_grad():
+        taught = sum((t.double()(x) / 3).softmax(1) for t in teachers) / 2
+    for k in (0, 1):
+        other = said[1 - k].detach()
+        slow = slow + F.cross_entropy(said[k][known], y[known])
+        slow = slow + (other.softmax(1) * (other.log_softmax(1) - said[k].log_softmax(1))).sum() / 6
+        soft = (said[k] / 3).log_softmax(1)
+        slow = slow + 0.5 * 9 * (taught * (taught.log() - soft)).sum() / 6
+    slow.backward()
+    for peer, mine in zip(peers, module.peers.networks, strict=True):
+        for (name, p), q in zip(peer.named_parameters(), mine.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-12, msg=name)
+    assert all(p.grad is None for teacher in teachers for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+def test_cohort_with_teachers_trains_and_resumes(tiny, make_trainer, digits, tmp_path, update):
+    """Gates and adapters of teachers are trained and in the checkpoint; teachers are neither."""
+    teacher = tiny(8)
+    before = copy.deepcopy(teacher.state_dict())
+
+    def make():
+        torch.manual_seed(1)
+        return PeerCohort(
+            [tiny(4), tiny(6)], teachers=[teacher, tiny(4)], weighting=LearnedGate(),
+            teacher_losses=[SoftTarget(4.0), Hint("relu", "relu", weight=0.1)], update=update,
+        )  # fmt: skip
+
+    whole = make()
+    make_trainer(max_epochs=2).fit(whole, datamodule=digits())
+    half = make()
+    first = make_trainer(max_epochs=1)
+    first.fit(half, datamodule=digits())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert not [k for k in saved if "teachers" in k]
+    assert [k for k in saved if k.startswith("lessons.losses.1.hint")]
+    again = make()
+    make_trainer(max_epochs=2).fit(again, datamodule=digits(), ckpt_path=tmp_path / "half.ckpt")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    state = whole.state_dict()
+    assert state["lessons.weightings.1.gate.weight"].any()  # it begins with zeros

@@ -1,0 +1,208 @@
+"""How processes divide the work where Lightning's own strategies do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_kd.ranks import gather_over_ranks, world_size
+
+LOST = ("onnection", "NCCL", "ocket", "peer", "imed out", "Gloo")  # as the back ends word it
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A module of which each process can train a part."""
+
+    def own(self, index: int | None, count: int = 1) -> None:
+        """Train part ``index`` of ``count`` and ask other processes for the rest; None: do all."""
+
+    def parts(self) -> Sequence[Sequence[nn.Module]]:
+        """What belongs to each process."""
+
+
+class PeerPerProcess(DDPStrategy):
+    """Each process trains one peer of a cohort, and sends the others only what it says.
+
+    All processes see the same batches. Logits are gathered, gradients are not averaged: the step
+    equals the simultaneous update in one process. Checkpoints, exports and reports cover all peers;
+    the weights travel only when they are written. Choose it by name,
+    ``Trainer(strategy="peer_per_process", devices=K)`` for K peers.
+
+    Args:
+        options: Of Lightning's ``DDPStrategy`` (``process_group_backend``, ``timeout``,
+            ``start_method``).
+
+    Raises:
+        TypeError: If the module is no ``PeerCohort``.
+        ValueError: If there are not as many processes as peers, batches differ between processes,
+            or BatchNorm is to be synchronised.
+
+    Source:
+        Zhang et al. 2018, https://arxiv.org/abs/1706.00384, section 3.3.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._looks = 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}  # everybody sees everything
+
+    @property
+    def _divided(self) -> Any:
+        module = self.lightning_module
+        if not isinstance(module, Divisible):
+            raise TypeError(
+                f"Expected strategy peer_per_process with a PeerCohort, got "
+                f"{type(module).__name__}: use strategy ddp."
+            )
+        return module
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if self._layer_sync:
+            raise ValueError(
+                "Expected sync_batchnorm=False with peer_per_process: all processes see the same "
+                "batch, there is nothing to synchronise."
+            )
+        self._divided.own(self.global_rank, self.world_size)
+        super().setup(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        # no wrapper, since nothing is averaged; but all begin with the same weights
+        for tensor in self._divided.state_dict().values():
+            if isinstance(tensor, Tensor):
+                torch.distributed.broadcast(tensor.detach(), 0)
+
+    @override
+    def teardown(self) -> None:
+        if isinstance(self.lightning_module, Divisible):
+            self.lightning_module.own(None)
+        super().teardown()
+
+    def collect(self) -> None:
+        """Bring each peer's weights from the process that trains it to all others."""
+        for rank, parts in enumerate(self._divided.parts()):
+            for part in parts:
+                for tensor in [*part.parameters(), *part.buffers()]:
+                    torch.distributed.broadcast(tensor.detach(), rank)
+
+    # ------------------------------------------------------------------ the same batch
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._compare(args[0])
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._compare(args[0])
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._compare(args[0])
+        return super().test_step(*args, **kwargs)
+
+    def _compare(self, batch: Any) -> None:
+        """Refuse batches that differ; on a GPU, where looking waits, only now and then."""
+        self._looks += 1
+        if self.root_device.type != "cpu" and self._looks % 100 != 1:
+            return
+        seen = [_fingerprint(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        mine = torch.stack(seen)
+        everyone = torch.stack(gather_over_ranks(mine))
+        if not torch.allclose(everyone, mine.expand_as(everyone), rtol=1e-6, atol=0):
+            raise ValueError(
+                "Expected all processes to see the same batch, got different ones: shuffle and "
+                "augment from a seed that is the same everywhere, as lightning_kd.data does "
+                "(workers=True of seed_everything makes processes differ)."
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self.collect()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        state: Any = super().optimizer_state(optimizer)
+        mine = {
+            index: _to_cpu(state["state"][index])
+            for index, parameter in enumerate(_parameters(optimizer))
+            if id(parameter) in self._mine() and index in state["state"]
+        }
+        everyone: Any = [None] * self.world_size if self.is_global_zero else None
+        torch.distributed.gather_object(mine, everyone)
+        if everyone is not None:
+            state["state"] = {k: v for part in everyone for k, v in sorted(part.items())}
+        return state  # type: ignore[no-any-return]
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            for parameter in list(optimizer.state):
+                if id(parameter) not in self._mine():
+                    del optimizer.state[parameter]
+
+    def _mine(self) -> set[int]:
+        parts = self._divided.parts()[self.global_rank]
+        return {id(parameter) for part in parts for parameter in part.parameters()}
+
+    # ------------------------------------------------------------------ faults
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        text, module = str(exception), self.lightning_module
+        lost = isinstance(exception, RuntimeError) and any(word in text for word in LOST)
+        if lost and module is not None and world_size() > 1:
+            exception.args = (
+                f"The process of peer {self.global_rank} lost the others: one of them has ended, "
+                f"see its own message.{last_checkpoint(module.trainer)} Resume with the same "
+                f"command and --ckpt_path. ({text})",
+            )
+        super().on_exception(exception)
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """A sentence that names the newest checkpoint of this run; empty where there is none."""
+    names = ("last_model_path", "best_model_path")
+    paths = [getattr(saver, name, "") for saver in trainer.checkpoint_callbacks for name in names]
+    files = sorted((path.stat().st_mtime, path) for p in paths if (path := Path(p)).is_file())
+    return f" The newest checkpoint is {files[-1][1]}." if files else ""
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _fingerprint(values: Tensor) -> Tensor:
+    """One number that changes with any value and any order."""
+    flat = values.flatten().double()
+    return (flat * torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)).sum()
+
+
+StrategyRegistry.register(
+    "peer_per_process", PeerPerProcess, description="One peer of a cohort in each process"
+)
