@@ -91,6 +91,7 @@ ARMS = {
         **COMMON,
         "LeaveOneOut (logits averaged)": arm(LeaveOneOut),
         "Attention": arm(lambda: Attention("layer3"), soft(3.0)),
+        "Attention to others": arm(lambda: Attention("layer3", attend_self=False), soft(3.0)),
         "four branches, Gate": lambda: {
             "peers": branches(4), "exchange": Gate("layer2"), "losses": soft(3.0)
         },
@@ -103,6 +104,7 @@ RAMPED = (
     "Fusion",
     "PeerCollaborative",
     "Attention",
+    "Attention to others",
     "two branches, Gate",
     "four branches, Gate",
 )  # as published

@@ -115,6 +115,8 @@ class DistillationReport(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
+        assert isinstance(pl_module, Distiller)
+        pl_module.publish()  # an epoch that ended early has not yet
         row = _row(trainer)
         if not self._validated:  # then Lightning still has the values of an earlier epoch
             row = {k: v for k, v in row.items() if not k.startswith("val/")}

@@ -23,15 +23,17 @@ class Attention(Exchange):
     Args:
         layer: Dotted name of every peer's last feature layer, averaged over positions.
         dimension: Of the two projections.
+        attend_self: Whether a peer's own answer is part of its target, as published. Attention then
+            learns to look at itself, where the loss is 0, and teaching ends; ``False`` prevents it.
 
     Source:
         Chen et al. 2020, https://arxiv.org/abs/1912.00350, equations 3 to 8. Differs from the
         authors' code: there logits inside targets get gradient too.
     """
 
-    def __init__(self, layer: str, dimension: int = 8) -> None:
+    def __init__(self, layer: str, dimension: int = 8, attend_self: bool = True) -> None:
         super().__init__()
-        self.layer, self.dimension = layer, dimension
+        self.layer, self.dimension, self.attend_self = layer, dimension, attend_self
 
     def layers(self) -> Sequence[str]:
         """The feature layer."""
@@ -60,10 +62,13 @@ class Attention(Exchange):
             self.right = nn.Linear(width, self.dimension, bias=False)
 
     def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
-        """Attended peers for each peer, itself included; all peers equally for the leader."""
+        """Attended peers for each peer, itself included or not; all peers equally for the leader."""
         said = detached(peers[:-1])
         features = torch.stack([pooled(peer.feature(self.layer)) for peer in said])
         scores = torch.einsum("abd,cbd->acb", self.left(features), self.right(features))
+        if not self.attend_self:
+            own = torch.eye(len(said), dtype=torch.bool, device=scores.device)
+            scores = scores.masked_fill(own[:, :, None], -torch.inf)
         shares = scores.float().softmax(1)
         indices = tuple(range(len(said)))
         ensembles = [Ensemble(said, share, "logit", indices) for share in shares]

@@ -15,9 +15,9 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd.functional import task_cross_entropy
 from lightning_kd.modules.allocator import keep_freed_memory
 from lightning_kd.modules.dry_run import example_input
-from lightning_kd.modules.finite import FiniteWatch
 from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
+from lightning_kd.modules.terms import Terms
 from lightning_kd.ranks import mean_over_labelled
 from lightning_kd.strategies import last_checkpoint
 
@@ -71,7 +71,7 @@ class Distiller(LightningModule):
         self.num_classes = num_classes
         self.input_shape: tuple[int, ...] | None = None
         self._rng: dict[str, Any] | None = None
-        self._watch = FiniteWatch()
+        self._terms = Terms()
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -187,24 +187,36 @@ class Distiller(LightningModule):
         return x.to(self.device, next(floats, torch.float32))
 
     def note(self, terms: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
-        """Log the terms of a step as ``train/<name>``, and look whether they are finite.
+        """Count the terms of a step into ``train/<name>``, and look whether they are finite.
 
         Returns:
             The terms, detached.
         """
         parts = {name: value.detach() for name, value in terms.items()}
-        self._watch.note(parts)
+        more = {"loss": torch.stack(list(parts.values())).sum(), **self.beside()}
+        self._terms.add({**parts, **more}, batch_size, watched=len(parts))
         every = getattr(self.trainer, "log_every_n_steps", 0) or 1
         # on a CPU looking costs nothing, on a GPU it waits for the device
         if self.device.type == "cpu" or self.trainer.global_step % every == 0:
             self._raise_if_not_finite()
-        logged = {f"train/{k}": v for k, v in {**parts, **self.beside()}.items()}
-        logged["train/loss"] = torch.stack(list(parts.values())).sum()
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=True)
+        if self.trainer.is_last_batch:  # not at the epoch's end, where callbacks come first
+            self.publish()
         return parts
 
-    def beside(self) -> dict[str, Any]:
-        """More numbers of the last step to log, by name."""
+    def publish(self) -> None:
+        """Log the means of the steps so far as ``train/<name>``; every process must ask."""
+        for name, (value, samples) in self._terms.take().items():
+            self.log(
+                f"train/{name}", value, on_step=False, on_epoch=True, batch_size=samples,
+                sync_dist=True,
+            )  # fmt: skip
+
+    def on_train_epoch_end(self) -> None:
+        """Log what an epoch that ended early has left."""
+        self.publish()
+
+    def beside(self) -> dict[str, Tensor]:
+        """More scalars of the last step to log, by name."""
         return {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -261,7 +273,7 @@ class Distiller(LightningModule):
         self._rng = checkpoint.get("rng")
 
     def _raise_if_not_finite(self) -> None:
-        broken = self._watch.broken()
+        broken = self._terms.broken()
         if broken:
             raise FloatingPointError(
                 f"Loss term {', '.join(broken)} became NaN or infinite in epoch "

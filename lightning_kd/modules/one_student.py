@@ -226,7 +226,7 @@ class OneStudent(Distiller):
         super().setup(stage)
         self._find_layers()  # a fit with sync_batchnorm puts plain layers back
 
-    def beside(self) -> dict[str, Any]:
+    def beside(self) -> dict[str, Tensor]:
         """Mean trust in each teacher, where it changes."""
         found, self._trust = self._trust, None
         if found is None or not self.weighting.varies:
@@ -234,7 +234,7 @@ class OneStudent(Distiller):
         indices, weights = found
         shares = (weights.mean(1) if weights.dim() == 2 else weights).unbind()
         # who was not asked counted for nothing
-        logged: dict[str, Any] = {f"trust_{m}": 0.0 for m in range(len(self.teachers))}
+        logged = {f"trust_{m}": weights.new_zeros(()) for m in range(len(self.teachers))}
         return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
 
     def evaluate(self, batch: Any, stage: str) -> None:

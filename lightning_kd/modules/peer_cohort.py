@@ -51,6 +51,8 @@ class PeerCohort(Cohort):
         teacher_losses: What these transfer; every peer gets its own copy. ``null``: ``SoftTarget``
             at temperature 4. In the log they are ``peer_0/teacher/soft_target``.
         weighting: How far each teacher is trusted; ``null``: all the same.
+        batched: Run peers of one architecture as one network with a dimension more: faster for many
+            small ones (benchmarks/cohort_speed.py), not for the sequential update.
         view: A random transform of a batch of images, drawn anew for each peer; ``null``: all
             peers see the same images. Branches share one view.
         task_weight: Multiplier of the cross-entropy with the labels; labels of -1 are left out.
@@ -79,6 +81,7 @@ class PeerCohort(Cohort):
         teachers: list[nn.Module] | None = None,
         teacher_losses: list[DistillationLoss] | None = None,
         weighting: Weighting | None = None,
+        batched: bool = False,
         view: nn.Module | None = None,
         task_weight: float = 1.0,
         label_smoothing: float = 0.0,
@@ -98,7 +101,7 @@ class PeerCohort(Cohort):
             scheduler_interval,
             num_classes,
         )
-        self.peers = Peers(peers)
+        self.peers = Peers(peers, batched)
         self.exchange = exchange or Mutual()
         if len(self.peers) < 2:
             raise ValueError(
@@ -119,6 +122,11 @@ class PeerCohort(Cohort):
                 f'Expected update="simultaneous" with {type(self.exchange).__name__} on '
                 f"{'branches' if self.peers.branching else 'networks'}: peers that share "
                 f"parameters, or whose exchange learns through all of them, cannot step apart."
+            )
+        if batched and (update == "sequential" or self.peers.branching):
+            raise ValueError(
+                "Expected batched=False with update='sequential' and with branches: peers that "
+                "step apart cannot run as one."
             )
         given = [SoftTarget(temperature=1.0)] if losses is None else losses
         for loss in given:
@@ -190,10 +198,13 @@ class PeerCohort(Cohort):
             terms["task"] = self.task_weight * self.task_loss(peer.logits, target)
         for loss, name in self._losses(k).items():
             if teachers is not None:
-                terms[name] = loss.weight * loss(peer, teachers, target)
-            else:  # DDP wants a gradient of every adapter
-                unused = [p.sum() for p in loss.parameters()] or [peer.logits.sum()]
-                terms[name] = 0.0 * torch.stack(unused).sum()
+                value = loss.weight * loss(peer, teachers, target)
+            else:
+                value = 0.0 * peer.logits.sum()
+            adapters = [p.sum() for p in loss.parameters()]
+            if adapters:  # DDP wants a gradient of each, whoever teaches
+                value = value + 0.0 * torch.stack(adapters).sum()
+            terms[name] = value
         if lesson:
             more = self.lessons.terms(k, peer, lesson, target)
             terms |= {f"teacher/{name}": value for name, value in more.items()}

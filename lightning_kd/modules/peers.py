@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.adapters import Tap
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.models import MultiBranch
+from lightning_kd.modules.batched import Batched
 from lightning_kd.ranks import gather_over_ranks
 
 
@@ -36,13 +37,16 @@ class Peers(nn.Module):
 
     Args:
         networks: Two or more networks, or exactly one ``MultiBranch``.
+        batched: Run networks of one architecture as one.
 
     Raises:
         ValueError: If two of them share weights.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], batched: bool = False) -> None:
         super().__init__()
+        self.batched = batched
+        self._batch: Batched | None = None
         self.networks = nn.ModuleList(networks)
         self.branching = len(networks) == 1 and isinstance(networks[0], MultiBranch)
         owners: dict[int, int] = {}
@@ -84,6 +88,8 @@ class Peers(nn.Module):
             self._taps = [Tap(branch, behind) for branch in self.branch.branches]
         else:
             self._taps = [Tap(network, layers) for network in self.networks]
+            if self.batched:
+                self._batch = Batched(list(self.networks), self._taps[0])
 
     def hook(self) -> None:
         """Hook the layers again, where some were replaced."""
@@ -105,6 +111,8 @@ class Peers(nn.Module):
             said = self._taps[self.mine](views[self.mine])
             everyone = [Knowledge(logits) for logits in gather_over_ranks(said.logits)]
             return [said if k == self.mine else other for k, other in enumerate(everyone)]
+        if self._batch is not None:
+            return self._batch(views)
         if not self.branching:
             return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
         assert self._trunk is not None

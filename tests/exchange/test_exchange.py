@@ -74,6 +74,23 @@ def test_gate_weighs_logits_and_learns_with_the_branches_from_the_ensemble_alone
     assert all(p.grad is not None for p in gate.parameters())
 
 
+def test_attention_to_others_leaves_a_peer_itself_out():
+    """The same shares as published, without one's own, scaled up to 1."""
+    peers = cohort(4)
+    published, others = Attention("a"), Attention("a", attend_self=False)
+    for exchange in (published, others):
+        exchange.build(peers)
+        exchange.double()
+    others.load_state_dict(published.state_dict())
+    for k, (all_, rest) in enumerate(zip(published(peers, None), others(peers, None), strict=True)):
+        if k == 3:
+            assert torch.equal(all_.weights, rest.weights)  # the leader's
+            continue
+        wanted = all_.weights.clone()
+        wanted[k] = 0
+        torch.testing.assert_close(rest.weights, wanted / wanted.sum(0))
+
+
 def test_attention_targets_equal_the_reference_and_only_attention_learns():
     peers = cohort(4)
     attention = Attention("a")

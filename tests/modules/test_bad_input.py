@@ -101,7 +101,7 @@ def test_a_broken_state_is_never_saved(make_module, make_trainer, digits, tmp_pa
     module = make_module()
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=digits())
-    module._watch.note({"hint": torch.tensor(float("nan"))})
+    module._terms.add({"hint": torch.tensor(float("nan"))}, 1, watched=1)
     with pytest.raises(FloatingPointError, match="term hint"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()

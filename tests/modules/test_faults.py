@@ -250,3 +250,22 @@ def test_reserved_names_are_told_and_equal_ones_numbered_by_themselves():
         loss = type(name, (DistillationLoss,), {"forward": lambda *_: torch.zeros(())})()
         with pytest.raises(ValueError, match=f"taken in the log, got {name}"):
             by_name([loss])
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2}])
+def test_logged_means_weigh_every_sample_the_same(make_module, make_trainer, limits):
+    """Uneven batches, and an epoch that a number of steps cuts short."""
+    x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((float(outputs["task"]), len(batch[0])))
+
+    trainer = make_trainer(callbacks=[Watch()], **{"max_epochs": 5, **limits})
+    trainer.fit(make_module(task_weight=1.0), loader)
+    assert len(seen) == (2 if "max_steps" in limits else 3)
+    wanted = sum(v * n for v, n in seen) / sum(n for _, n in seen)
+    assert float(trainer.callback_metrics["train/task"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(trainer.callback_metrics["train/loss"]) > wanted

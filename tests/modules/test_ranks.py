@@ -57,6 +57,55 @@ if __name__ == "__main__":
 """
 
 
+COHORT = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from tests.conftest import TinyNet
+from lightning_kd import PeerCohort
+from lightning_kd.data import Digits
+from lightning_kd.exchange import Codistillation, Mutual
+from lightning_kd.losses import Hint, SoftTarget
+
+class Net(TinyNet):  # see above
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bn = torch.nn.GroupNorm(2, self.conv.out_channels)
+
+CASES = {
+    "mutual": {"clip_norm": 0.1},
+    "sequential": {"update": "sequential"},
+    "codistillation": {  # nobody teaches in the burn-in, and an adapter has nothing to do
+        "exchange": Codistillation(3, 4), "losses": [SoftTarget(), Hint("relu", "relu", True)]
+    },
+}
+
+def main(devices, path, name):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = PeerCohort([Net(4), Net(4)], **CASES[name])
+    data = Digits(
+        batch_size=64 // devices, subset=256, val_split=101, labelled_fraction=0.2, crop_padding=1
+    )
+    data.shuffle_seed = 5
+    many = "ddp_find_unused_parameters_true" if name == "sequential" else "ddp"
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", devices=devices, logger=False, precision="64-true",
+        strategy=many if devices > 1 else "auto", enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False,
+    )
+    trainer.fit(module, datamodule=data)
+    if trainer.is_global_zero:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        state = {k: v for k, v in module.state_dict().items() if "hint" not in k}
+        torch.save({"state": state, "metrics": metrics}, path)
+
+if __name__ == "__main__":
+    for name in CASES:
+        main(int(sys.argv[1]), f"{sys.argv[2]}.{name}", name)
+"""
+
+
 FILES = """
 import time
 import torch
@@ -127,6 +176,20 @@ def launch(script, folder, *args):
 
 
 WEIGHTINGS = ("Uniform", "GradientSpace", "SelfPaced", "LearnedGate", "Switching")
+
+
+def test_cohort_on_two_ranks_equals_one(tmp_path):
+    for count in (1, 2):
+        launch(COHORT, tmp_path, str(count), str(tmp_path / f"{count}.pt"))
+    for name in ("mutual", "sequential", "codistillation"):
+        one, two = (torch.load(tmp_path / f"{c}.pt.{name}", weights_only=True) for c in (1, 2))
+        loose = 1e-2 if name == "codistillation" else 1e-10  # the adapter's BatchNorm
+        for key, value in one["state"].items():
+            if torch.is_tensor(value):
+                torch.testing.assert_close(
+                    two["state"][key], value, rtol=1e-6, atol=loose, msg=f"{name}: {key}"
+                )
+        assert two["metrics"] == pytest.approx(one["metrics"], abs=max(loose, 1e-6))
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_kd.adapters import Tap
+from lightning_kd.knowledge import Knowledge
+
+
+class _Asked(nn.Module):
+    """A tapped network whose weights can be lent to it for one call."""
+
+    def __init__(self, network: nn.Module, tap: Tap) -> None:
+        super().__init__()
+        self.network, self.tap = network, tap
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        said = self.tap(x)
+        return said.logits, dict(said.features)
+
+
+class Batched:
+    """Networks of one architecture, asked as one network with a dimension more.
+
+    Their parameters stay where they are; each call stacks them, and gradient flows back into each.
+
+    Args:
+        networks: Two or more networks, alike but for their weights.
+        tap: Of the first one.
+
+    Raises:
+        ValueError: If the architectures differ.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], tap: Tap) -> None:
+        for index, network in enumerate(networks):
+            if str(network) != str(networks[0]) or _shapes(network) != _shapes(networks[0]):
+                raise ValueError(
+                    f"Expected peers of one architecture with batched=True, but peer {index} "
+                    f"differs from peer 0: set batched=False."
+                )
+        self._networks = tuple(networks)
+        self._asked = _Asked(networks[0], tap)
+
+    def __call__(self, views: Sequence[Tensor]) -> list[Knowledge]:
+        """What each network says of its images (B, C, H, W); the same tensor is not copied."""
+        same = all(view is views[0] for view in views)
+        states = [dict(network.named_parameters()) for network in self._networks]
+        buffers = [dict(network.named_buffers()) for network in self._networks]
+        weights = {n: torch.stack([state[n] for state in states]) for n in states[0]}
+        counts = {n: torch.stack([held[n] for held in buffers]) for n in buffers[0]}
+
+        def ask(lent: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            answer: tuple[Tensor, dict[str, Tensor]] = functional_call(self._asked, lent, (x,))
+            return answer
+
+        logits, features = torch.vmap(ask, (0, None if same else 0), randomness="different")(
+            {f"network.{n}": value for n, value in {**weights, **counts}.items()},
+            views[0] if same else torch.stack(list(views)),
+        )
+        if self._networks[0].training:  # statistics were written into the stack
+            with torch.no_grad():
+                for k, held in enumerate(buffers):
+                    for n, buffer in held.items():
+                        buffer.copy_(counts[n][k])
+        return [
+            Knowledge(logits[k], {n: value[k] for n, value in features.items()})
+            for k in range(len(views))
+        ]
+
+
+def _shapes(network: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(n, p.shape) for n, p in network.state_dict().items()]
