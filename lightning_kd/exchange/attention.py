@@ -62,7 +62,7 @@ class Attention(Exchange):
             self.right = nn.Linear(width, self.dimension, bias=False)
 
     def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
-        """Attended peers for each peer, itself included or not; all peers equally for the leader."""
+        """Attended peers for each peer; all peers equally for the leader."""
         said = detached(peers[:-1])
         features = torch.stack([pooled(peer.feature(self.layer)) for peer in said])
         scores = torch.einsum("abd,cbd->acb", self.left(features), self.right(features))

@@ -6,9 +6,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-# arguments that are live objects in Python; the command line records their configuration instead
-LIVE = ("student", "teachers", "losses", "weighting", "optimizer", "scheduler")
-
 
 def is_plain(value: Any) -> bool:
     """Whether a value loads with ``weights_only``: numbers, strings, None and lists of them."""
@@ -28,7 +25,8 @@ def remember_options(module: LightningModule, frame: Any) -> None:
         module: Whose ``hparams`` are set.
         frame: Of the paradigm's ``__init__``.
     """
-    module.save_hyperparameters(ignore=LIVE, frame=frame)
+    live = [name for name, value in frame.f_locals.items() if not is_plain(value)]
+    module.save_hyperparameters(ignore=live, frame=frame)
     if "_instantiator" in module.hparams:
         module.save_hyperparameters(frame=frame)
     else:

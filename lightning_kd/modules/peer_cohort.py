@@ -46,7 +46,8 @@ class PeerCohort(Cohort):
             after its step, as the paper's algorithm 1 has it (2 K - 1 forward passes).
             ``"alternating"``: simultaneous, then a game against discriminators on the same batch,
             for the exchange ``Adversarial`` (2 K forward passes; ``global_step`` counts three
-            steps a batch, the sequential update K).
+            steps a batch, the sequential update K). These two need the strategy
+            ``ddp_find_unused_parameters_true`` where Lightning's ``ddp`` is meant.
         teachers: Trained networks that every peer learns from beside its peers.
         teacher_losses: What these transfer; every peer gets its own copy. ``null``: ``SoftTarget``
             at temperature 4. In the log they are ``peer_0/teacher/soft_target``.
