@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_kd.cli import main
     from lightning_kd.knowledge import Ensemble, Knowledge
-    from lightning_kd.modules import Distiller, MultiTeacher, PeerCohort, Supervised
+    from lightning_kd.modules import DataFree, Distiller, MultiTeacher, PeerCohort, Supervised
     from lightning_kd.teachers import Teacher
 
 __version__ = "0.1.0"
 
 # resolved on first use, so that an exported student loads in a process that never imports Lightning
 _HOMES = {
+    "DataFree": "modules",
     "Distiller": "modules",
     "Ensemble": "knowledge",
     "Knowledge": "knowledge",
@@ -26,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataFree",
     "Distiller",
     "Ensemble",
     "Knowledge",

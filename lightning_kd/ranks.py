@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,15 @@ def gather_over_ranks(values: Tensor) -> list[Tensor]:
     everyone = [torch.empty_like(values) for _ in range(world_size())]
     torch.distributed.all_gather(everyone, values)
     return everyone
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over all processes, as DDP does; every process must ask."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -2,6 +2,7 @@
 
 from lightning_kd.adapters.layers import LayerPair
 from lightning_kd.adapters.projection import Projection
+from lightning_kd.adapters.statistics import InputStatistics
 from lightning_kd.adapters.tap import Tap, find_layer
 
-__all__ = ["LayerPair", "Projection", "Tap", "find_layer"]
+__all__ = ["InputStatistics", "LayerPair", "Projection", "Tap", "find_layer"]

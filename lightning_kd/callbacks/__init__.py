@@ -1,6 +1,7 @@
 """Callbacks: schedules, report, export."""
 
 from lightning_kd.callbacks.export import ExportStudent
+from lightning_kd.callbacks.replay_buffer import ReplayBuffer
 from lightning_kd.callbacks.report import DistillationReport
 from lightning_kd.callbacks.schedulers import (
     AttributeScheduler,
@@ -13,5 +14,6 @@ __all__ = [
     "DistillationReport",
     "ExportStudent",
     "LossWeightScheduler",
+    "ReplayBuffer",
     "TemperatureScheduler",
 ]

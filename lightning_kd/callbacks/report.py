@@ -101,7 +101,7 @@ class DistillationReport(Callback):
         # Distiller knows the layout of its batch; slicing here would not
         assert isinstance(pl_module, Distiller)
         copies: int = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-        self.samples += len(pl_module.unpack(batch)[0]) * copies
+        self.samples += pl_module.samples_in(batch) * copies
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,15 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kd.functional.seeds import mixed_seed
+
 NUM_DRAWS = 3
 
 
 def seeded(*numbers: int) -> torch.Generator:
     """Make a CPU generator that depends on the given numbers alone."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
 class Order:

@@ -218,7 +218,7 @@ def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
 
 @full_precision
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    r"""Jensen-Shannon divergence of two distributions in nats, a scalar in [0, log 2].
+    r"""Jensen-Shannon divergence of two distributions in nats, in [0, log 2].
 
     Args:
         p: Probabilities, shape (D,).
@@ -230,7 +230,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     mean = (p + q) / 2
 
     def against_mean(r: Tensor) -> Tensor:
-        return (r * (r.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log())).sum()
+        return (r * (r.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log())).sum(-1)
 
     return (against_mean(p) + against_mean(q)) / 2
 

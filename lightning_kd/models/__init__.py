@@ -1,5 +1,6 @@
 """Small networks that torchvision lacks, and pretrained weights; importable without Lightning."""
 
+from lightning_kd.models.generator import ImageGenerator
 from lightning_kd.models.multi_branch import MultiBranch
 from lightning_kd.models.normalized import Normalized
 from lightning_kd.models.pretrained import pretrained
@@ -18,6 +19,7 @@ from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
     "CifarResNet",
+    "ImageGenerator",
     "MultiBranch",
     "Normalized",
     "Resized",

@@ -1,9 +1,10 @@
 """The paradigms, each a LightningModule."""
 
 from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.data_free import DataFree
 from lightning_kd.modules.multi_teacher import MultiTeacher
 from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.modules.peer_cohort import PeerCohort
 from lightning_kd.modules.supervised import Supervised
 
-__all__ = ["Distiller", "MultiTeacher", "OneStudent", "PeerCohort", "Supervised"]
+__all__ = ["DataFree", "Distiller", "MultiTeacher", "OneStudent", "PeerCohort", "Supervised"]

@@ -86,6 +86,10 @@ class Distiller(LightningModule):
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(f"Expected batches of (images, labels), got {got}: override unpack(batch).")
 
+    def samples_in(self, batch: Any) -> int:
+        """Images in a training batch of this process, for the rate that is reported."""
+        return len(self.unpack(batch)[0])
+
     @abstractmethod
     def step(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Compute the weighted terms of the loss by name, each a scalar."""

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class InputStatistics:
+    """Measures what a network's BatchNorm layers are given, while asked to and at no other time.
+
+    Args:
+        network: Any network; layers without running statistics are left out.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = [
+            m
+            for m in network.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        ]
+        self._found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Inside, one forward pass fills the list with each layer's mean, variance and theirs.
+
+        Mean and (biased) variance over all but the channels, in float32 at least, each (C,).
+        """
+        self._found = []
+        handles = [layer.register_forward_pre_hook(self._note) for layer in self.layers]
+        try:
+            yield self._found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        values: Tensor = inputs[0]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        with torch.autocast(values.device.type, enabled=False):
+            values = values if values.dtype == torch.float64 else values.float()
+            dims = [d for d in range(values.dim()) if d != 1]
+            variance, mean = torch.var_mean(values, dims, correction=0)
+        self._found.append((mean, variance, layer.running_mean, layer.running_var))

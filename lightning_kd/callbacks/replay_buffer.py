@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_kd.modules import DataFree
+from lightning_kd.ranks import sum_over_ranks, world_size
+from lightning_kd.replay import Drawn, Memory, Sampler, Uniform
+
+ROWS = ("images", "logits", "priorities")
+
+
+class ReplayBuffer(Callback):
+    """Remembers the images that ``DataFree`` makes; the module says when, this says which.
+
+    A ring of bytes on the module's device, with the teacher's answers, a priority and a count of
+    classes. Of several processes each keeps its share of the capacity; a checkpoint holds all of
+    it, and any number of processes goes on with it.
+
+    Args:
+        capacity: Images that are kept, of all processes together (the "data scale"); ``null``: all
+            that were ever made.
+        sampler: How the student's batches are drawn; ``null``: ``Uniform``.
+        evict: Who goes when it is full: ``"oldest"`` or ``"lowest_priority"``.
+
+    Raises:
+        ValueError: If ``capacity`` is not positive or ``evict`` is neither.
+        TypeError: If the module is not ``DataFree``.
+
+    Source:
+        Liu et al. 2024 (SSD-KD), https://arxiv.org/abs/2403.19539, section 3.3.
+    """
+
+    def __init__(
+        self,
+        capacity: int | None = 5000,
+        sampler: Sampler | None = None,
+        evict: Literal["oldest", "lowest_priority"] = "oldest",
+    ) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"Expected capacity >= 1 or null, got {capacity}.")
+        if evict not in ("oldest", "lowest_priority"):
+            raise ValueError(f'Expected evict "oldest" or "lowest_priority", got {evict!r}.')
+        self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict
+        self.memory: Memory | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
+        """Remember images (B, C, H, W) in [0, 1], logits (B, K) and priorities (B,)."""
+        self._here.extend(images, logits, priorities)
+
+    def sample(self, count: int, random: torch.Generator) -> Drawn:
+        """Draw a batch."""
+        return self._here.sample(count, random)
+
+    def update(self, drawn: Drawn, divergences: Tensor) -> None:
+        """Renew the priorities of what was drawn, from divergences (B,)."""
+        self._here.update(drawn, divergences)
+
+    def class_share(self) -> Tensor:
+        """Share of each class among the images of all processes, shape (K,); 0 if empty."""
+        counts = sum_over_ranks(self._here.counts)
+        return counts / counts.sum().clamp(min=1)
+
+    @property
+    def _here(self) -> Memory:
+        if self.memory is None:
+            raise RuntimeError("Expected a running fit: the replay buffer is made when it starts.")
+        return self.memory
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, DataFree):
+            raise TypeError(f"ReplayBuffer expected DataFree, got {type(pl_module).__name__}.")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DataFree)
+        assert pl_module.num_classes is not None
+        capacity = None if self.capacity is None else self.capacity // world_size()
+        self.memory = Memory(
+            capacity, self.sampler, self.evict, pl_module.num_classes, pl_module.device
+        )
+        if self._saved is None:
+            return
+        sizes, rank = self._saved["sizes"], trainer.global_rank
+        if len(sizes) == world_size():  # as it was
+            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            position = self._saved["positions"][rank]
+        else:
+            mine, position = slice(rank, None, world_size()), 0
+        rows = {name: self._saved[name][mine] for name in ROWS}
+        self.memory.load_state_dict({**rows, "position": position})
+        self._saved = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self.memory is None:
+            return self._saved or {}
+        state = self.memory.state_dict()
+        mine = {n: v.cpu().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
+        shards: list[Any] = [mine]
+        if world_size() > 1:
+            shards = [None] * world_size()
+            torch.distributed.all_gather_object(shards, mine)
+        return {
+            **{name: torch.cat([shard[name] for shard in shards]) for name in ROWS},
+            "sizes": [len(shard["images"]) for shard in shards],
+            "positions": [shard["position"] for shard in shards],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict or None

@@ -1,0 +1,149 @@
+"""Formulas of data-free distillation: what images are wanted, and which are looked at again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_kd.functional.checks import check_same_shape
+from lightning_kd.functional.precision import full_precision
+
+
+@full_precision
+def modulating_weights(logits: Tensor, class_share: Tensor, gamma: float = 1.0) -> Tensor:
+    r"""How much an image is wanted: of a rare class, and one that the teacher finds hard.
+
+    .. math:: \phi(x) = \Big(1 - \frac{1}{|B|} \sum_{x' \in B} [c(x') = c(x)]\Big) (1 - p(x))^\gamma
+
+    Args:
+        logits: Of the teacher, shape (B, K).
+        class_share: Share of each class in the memory, shape (K,); all 0 where it is empty.
+        gamma: Strength of the difficulty, >= 0.
+
+    Returns:
+        Weights in [0, 1], shape (B,); their gradient is finite where the teacher is certain.
+
+    Source:
+        Liu et al. 2024 (SSD-KD), https://arxiv.org/abs/2403.19539, equation 3.
+
+    Example:
+        >>> modulating_weights(torch.zeros(1, 2), torch.tensor([1.0, 0.0]))
+        tensor([0.])
+    """
+    confidence, classes = logits.softmax(1).max(1)
+    rare = 1 - class_share[classes]
+    return rare * (1 - confidence).clamp(min=1e-6) ** gamma
+
+
+def priority_probabilities(priorities: Tensor, alpha: float, epsilon: float = 1e-6) -> Tensor:
+    r"""Probability of each image to be drawn, :math:`P_i \propto (|\delta_i| + \epsilon)^\alpha`.
+
+    Args:
+        priorities: Shape (N,).
+        alpha: 0 draws uniformly.
+        epsilon: Keeps images of priority 0 in the game, > 0.
+
+    Returns:
+        Shape (N,), summing to 1.
+
+    Source:
+        Schaul et al. 2016, https://arxiv.org/abs/1511.05952, equation 1; SSD-KD, equation 6.
+    """
+    scaled = (priorities.abs() + epsilon) ** alpha
+    return scaled / scaled.sum()
+
+
+def importance_weights(
+    probabilities: Tensor, count: int, beta: float, normalize: str = "mean"
+) -> Tensor:
+    r"""Weights that undo part of the bias of drawing by priority, :math:`w_i = (N P_i)^{-\beta}`.
+
+    Args:
+        probabilities: Of the drawn images, shape (B,).
+        count: Number N of images that were drawn from.
+        beta: 0: no correction; 1: the expected gradient is that of uniform draws.
+        normalize: ``"mean"``: mean 1 in the batch; ``"max"``: largest 1 (which lowers the learning
+            rate); ``"none"``: as in the paper.
+
+    Returns:
+        Weights, shape (B,).
+
+    Source:
+        Schaul et al. 2016, https://arxiv.org/abs/1511.05952, section 3.4; SSD-KD, equation 5.
+    """
+    weights = (count * probabilities) ** -beta
+    if normalize == "mean":
+        return weights / weights.mean()
+    return weights / weights.max() if normalize == "max" else weights
+
+
+def statistics_gap(found: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    r"""How far statistics of images are from those that BatchNorm layers remember.
+
+    .. math:: \sum_l \|\mu_l - \hat\mu_l\|_2 + \|\sigma^2_l - \hat\sigma^2_l\|_2
+
+    Args:
+        found: Of each layer: mean, variance, remembered mean and variance, each of shape (C,).
+
+    Returns:
+        A scalar; its gradient is 0, not NaN, where nothing differs.
+
+    Source:
+        Yin et al. 2020 (DeepInversion), https://arxiv.org/abs/1912.08795, equation 4; SSD-KD,
+        equation 1.
+    """
+    gaps = []
+    for mean, variance, wanted_mean, wanted_variance in found:
+        gaps.append(torch.linalg.vector_norm(mean - wanted_mean))
+        gaps.append(torch.linalg.vector_norm(variance - wanted_variance))
+    return torch.stack(gaps).sum()
+
+
+@full_precision
+def class_balance(logits: Tensor) -> Tensor:
+    """Negative entropy of the batch's mean answer, in nats: least where classes are balanced.
+
+    Args:
+        logits: Shape (B, K).
+
+    Returns:
+        A scalar from -log K to 0.
+
+    Source:
+        Chen et al. 2019 (DAFL), https://arxiv.org/abs/1904.01186, equation 6.
+    """
+    mean = logits.softmax(1).mean(0)
+    return torch.special.xlogy(mean, mean.clamp(min=1e-30)).sum()
+
+
+@full_precision
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, down and across, of images (B, C, H, W).
+
+    Source:
+        Mahendran & Vedaldi 2015, https://arxiv.org/abs/1412.0035, section 3. Differs from
+        DeepInversion: mean absolute, not the norm of the whole batch.
+    """
+    down = (images[:, :, 1:] - images[:, :, :-1]).abs().mean()
+    across = (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().mean()
+    return down + across
+
+
+@full_precision
+def logit_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean absolute difference of logits (B, K), per sample (B,).
+
+    Source:
+        Fang et al. 2019 (DFAD), https://arxiv.org/abs/1912.11006, equation 3.
+    """
+    check_same_shape(student, teacher, "logits")
+    return (student - teacher).abs().flatten(1).mean(1)
+
+
+@full_precision
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy with labels (B,) or probabilities (B, K), per sample (B,)."""
+    return F.cross_entropy(logits, target, reduction="none")

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_kd.adapters import InputStatistics
+from lightning_kd.functional import kl_divergence, logit_mse
+from lightning_kd.functional.augment import crop_and_flip
+from lightning_kd.functional.data_free import logit_l1
+from lightning_kd.functional.seeds import mixed_seed
+from lightning_kd.inversion import InversionTerm, Inverted
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.losses import DistillationLoss
+from lightning_kd.modules.lessons import lesson
+from lightning_kd.modules.manual import ManualSteps
+from lightning_kd.modules.one_student import OneStudent
+from lightning_kd.ranks import average_gradients
+from lightning_kd.replay import Drawn
+from lightning_kd.replay.memory import to_bytes
+from lightning_kd.sources import ImageSource, RandomLabels, Targets
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """What ``DataFree`` needs of a memory; ``lightning_kd.callbacks.ReplayBuffer`` is one."""
+
+    def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
+        """Remember images (B, C, H, W) with the teacher's logits (B, K) and priorities (B,)."""
+
+    def sample(self, count: int, random: torch.Generator) -> Drawn:
+        """Draw a batch."""
+
+    def update(self, drawn: Drawn, divergences: Tensor) -> None:
+        """Take note of how far the student was from its teacher on a batch, shape (B,)."""
+
+    def class_share(self) -> Tensor:
+        """Share of each class among the images of all processes, shape (K,); 0 if empty."""
+
+
+class DataFree(ManualSteps, OneStudent):
+    r"""A student learns from a teacher without any data: images are made from what it knows.
+
+    Each training step is one round: images are inverted from the teacher, remembered by the
+    callback ``ReplayBuffer`` if there is one, and the student distils from what is remembered (else
+    from the images that the source has learned to make). Nothing but the teacher is needed;
+    ``lightning_kd.data.Rounds`` says how many rounds make an epoch.
+
+    Args:
+        student: Network that learns.
+        teacher: Trained network; frozen.
+        source: Makes the images.
+        terms: What images are to be like, each with its weight.
+        targets: What the teacher is to see in them; ``null``: random labels.
+        losses: More of what is transferred, beside ``distance``; the teacher is then asked on every
+            draw.
+        distance: Of student and teacher: ``"kl"`` (times the squared temperature), ``"l1"`` or
+            ``"mse"`` of logits.
+        temperature: Softening of both for ``"kl"``, > 0.
+        round_images: Images made a round and process.
+        source_steps: Steps of the source a round.
+        student_steps: Steps of the student a round.
+        batch_size: Images a step of the student and process.
+        warm_up: Rounds in which images are made and remembered, but the student does not learn, and
+            terms that wait for it (``Adversarial``) rest.
+        reset_rounds: Rounds before which the source forgets its first layer, against collapse.
+        reuse: Without a memory, learn all steps of a round from its own images; else from new ones.
+        crop_padding: Random crops after padding by so many pixels, of all images looked at; 0: none.
+        flip: Random horizontal flips, likewise.
+        optimizer: Of the student; ``null``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
+        scheduler: Learning rate schedule; ``null``: constant.
+        scheduler_interval: ``"epoch"`` or ``"step"``: when the schedule moves; a step is a round.
+        seed: Of images, targets, draws and augmentation; ``null``: that of the run.
+        num_classes: Of the data, checked against the networks; the command line fills it in.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Liu et al. 2024 (SSD-KD), https://arxiv.org/abs/2403.19539, whose code was never released:
+        constants that the paper leaves open follow Fast-Datafree (Fang et al. 2022) and prioritized
+        replay (Schaul et al. 2016). See also the methods of ``configs/digits``.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        source: ImageSource,
+        terms: list[InversionTerm],
+        targets: Targets | None = None,
+        losses: list[DistillationLoss] | None = None,
+        distance: Literal["kl", "l1", "mse"] = "kl",
+        temperature: float = 20.0,
+        round_images: int = 256,
+        source_steps: int = 2,
+        student_steps: int = 20,
+        batch_size: int = 256,
+        warm_up: int = 20,
+        reset_rounds: list[int] | None = None,
+        reuse: bool = False,
+        crop_padding: int = 0,
+        flip: bool = False,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: str = "epoch",
+        seed: int | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"round_images": round_images, "source_steps": source_steps,
+                  "student_steps": student_steps, "batch_size": batch_size}  # fmt: skip
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"Expected {name} >= 1, got {value}.")
+        if distance not in ("kl", "l1", "mse"):
+            raise ValueError(f'Expected distance "kl", "l1" or "mse", got {distance!r}.')
+        if temperature <= 0:
+            raise ValueError(f"Expected temperature > 0, got {temperature}.")
+        self.take(
+            student,
+            [teacher],
+            losses or [],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scheduler_interval=scheduler_interval,
+            num_classes=num_classes,
+        )
+        self.source, self.targets = source, targets or RandomLabels()
+        self.terms = nn.ModuleDict(_by_name(terms))
+        self.distance, self.temperature = distance, temperature
+        self.round_images, self.source_steps = round_images, source_steps
+        self.student_steps, self.batch_size = student_steps, batch_size
+        self.warm_up, self.reset_rounds, self.reuse = warm_up, set(reset_rounds or ()), reuse
+        self.crop_padding, self.flip, self.seed = crop_padding, flip, seed
+        self.automatic_optimization = False
+        self.memory: Remembers | None = None
+        self.rounds = 0
+        self._random = torch.Generator()
+        self._statistics: InputStatistics | None = None
+
+    # ------------------------------------------------------------------ one round
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One round: invert, remember, distil."""
+        self._begin_round()
+        images, said = self.invert()
+        if self.memory is not None:
+            self.remember(images)
+        if self.rounds >= self.warm_up:
+            said |= self.distil(images)
+        self.rounds += 1
+        self.advance_schedules()
+        return self.note(said, self.student_steps * self.batch_size)
+
+    def invert(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Make the images of a round: those of the least loss, and the last loss's terms."""
+        self.student.eval()
+        optimizer = self._raw_optimizer(1)
+        assert self.input_shape is not None
+        self.source.begin(self.round_images, self.input_shape, self._random)
+        assert self.num_classes is not None
+        target = self.targets.draw(self.round_images, self.num_classes, self._random)
+        best, least = torch.empty(0), torch.empty(0)
+        terms: dict[str, Tensor] = {}
+        with self._full_precision_if_scaled():
+            for step in range(self.source_steps):
+                images = self.source()
+                terms = self.judge(images, target)
+                loss = torch.stack(list(terms.values())).sum() if terms else None
+                now = images.detach()
+                if loss is None:  # nobody judges noise
+                    best = now
+                    continue
+                # on the device: asking which is better would wait for it
+                best = now if step == 0 else torch.where(loss < least, now, best)
+                least = loss.detach() if step == 0 else torch.minimum(loss.detach(), least)
+                self.source.descend(loss, optimizer)
+        self.source.end(optimizer)
+        for _, term in self._named():
+            term.after_round()
+        return best, {f"invert/{name}": value.detach() for name, value in terms.items()}
+
+    def judge(self, images: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Weighted terms of the source's loss by name, for images (B, C, H, W) with gradient."""
+        learning = self.rounds >= self.warm_up
+        asked = {n: t for n, t in self._named() if learning or not t.waits}
+        if not asked:
+            return {}
+        looked = self.augment(images)
+        assert self._statistics is not None
+        if any(term.reads_statistics for term in asked.values()):
+            with self._statistics.measured() as found:
+                teacher: Knowledge = self.teachers[0](looked)
+        else:
+            found, teacher = [], self.teachers[0](looked)
+        student = self.learn(looked) if any(term.reads_student for term in asked.values()) else None
+        if target is None:
+            target = teacher.logits.detach().argmax(1)
+        share = self.memory.class_share() if self.memory is not None else None
+        seen = Inverted(looked, target, teacher, student, found, share)
+        return {name: term.weight * term(seen) for name, term in asked.items()}
+
+    @torch.no_grad()
+    def remember(self, images: Tensor) -> None:
+        """Put images into the memory, with the teacher's answer and the student's distance."""
+        assert self.memory is not None
+        kept = to_bytes(images).float().div_(255)  # as they will come back
+        teacher, student = self.teachers[0](kept).logits, self.learn(kept).logits
+        self.memory.extend(kept, teacher.float(), kl_divergence(student, teacher))
+
+    def distil(self, images: Tensor) -> dict[str, Tensor]:
+        """Student steps on remembered images, or without a memory on new ones (or these)."""
+        self.student.train()
+        optimizer: Any = self.optimizers()
+        optimizer = optimizer[0] if isinstance(optimizer, list) else optimizer
+        sums: list[Tensor] = []
+        for _ in range(self.student_steps):
+            drawn = self._draw(images)
+            x = self.augment(drawn.images)
+            if drawn.logits is None or x is not drawn.images or self.losses:
+                (teacher,) = self.teach(x, [0])
+            else:
+                teacher = Knowledge(drawn.logits)
+            for loss in self._losses():
+                loss.before([teacher], (0,))
+            student = self.learn(x)
+            apart = self._apart(student.logits, teacher.logits)
+            value = (apart if drawn.weights is None else drawn.weights * apart).mean()
+            if self.memory is not None:
+                with torch.no_grad():
+                    self.memory.update(
+                        drawn, kl_divergence(student.logits.detach(), teacher.logits)
+                    )
+            total = value
+            if self.losses:
+                losses = dict(zip(self.losses, self._losses(), strict=True))
+                more, _ = lesson(student, [teacher], (0,), losses, self.weighting, None)
+                total = total + torch.stack(list(more.values())).sum()
+            self._descend(optimizer, total)
+            sums.append(total.detach())
+        return {"distil": torch.stack(sums).mean()}
+
+    # ------------------------------------------------------------------ parts
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Random crops and flips of images (B, C, H, W), differentiable; themselves if unasked."""
+        if not (self.crop_padding or self.flip):
+            return images
+        draws = torch.rand(len(images), 3, generator=self._random, device=images.device)
+        return crop_and_flip(images, draws, self.crop_padding, self.flip)
+
+    def _draw(self, images: Tensor) -> Drawn:
+        if self.memory is not None:
+            return self.memory.sample(self.batch_size, self._random)
+        if not self.reuse:
+            assert self.input_shape is not None
+            images = self.source.draw(self.batch_size, self.input_shape, self._random)
+        return Drawn(torch.empty(0), images)
+
+    def _apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance of each sample, shape (B,)."""
+        if self.distance == "kl":
+            t = self.temperature
+            return t**2 * kl_divergence(student, teacher, t, t)
+        return logit_l1(student, teacher) if self.distance == "l1" else logit_mse(student, teacher)
+
+    def _descend(self, optimizer: Any, loss: Tensor) -> None:
+        """One step of the student; see ``sources.base.descend`` for why it is done by hand."""
+        optimizer.zero_grad()
+        scaler = self._scaler()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        average_gradients([p for part in self.trained() for p in part.parameters()])
+        optimizer.step()
+
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @contextlib.contextmanager
+    def _full_precision_if_scaled(self) -> Iterator[None]:
+        """Invert in float32 under fp16, whose one gradient scaler belongs to the student."""
+        if self._scaler() is None:
+            yield
+            return
+        with torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _raw_optimizer(self, index: int) -> torch.optim.Optimizer | None:
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        return (
+            optimizers[index] if isinstance(optimizers, list) and len(optimizers) > index else None
+        )
+
+    def _named(self) -> list[tuple[str, InversionTerm]]:
+        return [(n, t) for n, t in self.terms.items() if isinstance(t, InversionTerm)]
+
+    def _begin_round(self) -> None:
+        """Random numbers depend on the seed, the round and the process alone."""
+        assert self.seed is not None
+        if self._random.device != self.device:
+            self._random = torch.Generator(self.device)
+        self._random.manual_seed(mixed_seed(self.seed, self.rounds, self.global_rank))
+        if self.rounds in self.reset_rounds:
+            # equal in all processes, unlike the images
+            alike = torch.Generator(self.device).manual_seed(mixed_seed(self.seed, self.rounds))
+            self.source.reset(alike)
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def prepare(self, x: Tensor) -> None:
+        """Size what must be sized from a dry run on images (B, C, H, W); once.
+
+        Raises:
+            ValueError: If a network cannot take these images, or the numbers of classes differ.
+        """
+        if self.prepared:
+            return
+        super().prepare(x)
+        (teacher,) = self._teachers()
+        self._statistics = InputStatistics(teacher.network)
+        readers = [name for name, term in self._named() if term.reads_statistics]
+        if readers and not self._statistics.layers:
+            rank_zero_warn(
+                f"The teacher has no BatchNorm layers with statistics, so {', '.join(readers)} is "
+                f"left out: images may be poor."
+            )
+            for name in readers:
+                del self.terms[name]
+        layers = [n for loss in self._losses() for n in loss.teacher_layers(0)]
+        layers += [n for _, term in self._named() for n in term.teacher_layers()]
+        teacher.listen(layers)
+        if self.num_classes is None:
+            with torch.no_grad():
+                self.num_classes = self.learn(x).logits.shape[1]
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimizer, then the source's, if it has one."""
+        first: Any = super().configure_optimizers()
+        first = first if isinstance(first, dict) else {"optimizer": first}
+        second = self.source.make_optimizer()
+        return [first] if second is None else [first, {"optimizer": second}]
+
+    def on_fit_start(self) -> None:
+        """Find the memory, and agree on a seed."""
+        super().on_fit_start()
+        callbacks: list[Any] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self.memory = next((c for c in callbacks if isinstance(c, Remembers)), None)
+        if self.seed is None:
+            self.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of rounds and the seed."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["data_free"] = {"rounds": self.rounds, "seed": self.seed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        self.rounds = checkpoint["data_free"]["rounds"]
+        self.seed = checkpoint["data_free"]["seed"]
+
+    def samples_in(self, batch: Any) -> int:
+        """Images that the student learns from in one round."""
+        return self.student_steps * self.batch_size
+
+
+def _by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:
+    named: dict[str, InversionTerm] = {}
+    for term in terms:
+        if not isinstance(term, InversionTerm):
+            raise TypeError(f"Expected terms of type InversionTerm, got {type(term).__name__}.")
+        key, count = term.name, 1
+        while key in named:
+            count += 1
+            key = f"{term.name}_{count}"
+        named[key] = term
+    return named

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kd.sources.base import ImageSource, descend
+
+
+class Generator(ImageSource):
+    """A network that turns noise into images and is trained from round to round.
+
+    Args:
+        network: Takes noise (B, latent) and gives images in [0, 1]; its attribute ``latent`` says
+            how much, see ``lightning_kd.models.ImageGenerator``.
+        learning_rate: Of Adam, with betas (0.5, 0.999).
+
+    Source:
+        Chen et al. 2019 (DAFL), https://arxiv.org/abs/1904.01186.
+    """
+
+    latent: int
+
+    def __init__(self, network: nn.Module, learning_rate: float = 1e-3) -> None:
+        super().__init__()
+        latent = getattr(network, "latent", None)
+        if not isinstance(latent, int):
+            raise TypeError(
+                f"Expected a generator with the attribute `latent`, the length of its noise, got "
+                f"{type(network).__name__}: use lightning_kd.models.ImageGenerator, or set it."
+            )
+        self.network, self.learning_rate, self.latent = network, learning_rate, latent
+        self._count, self._random = 0, torch.Generator()
+
+    def make_optimizer(self) -> Optimizer | None:
+        """Adam over the network."""
+        return self._adam(self.network.parameters(), self.learning_rate)
+
+    def begin(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
+        """Remember how many; noise is drawn anew for each step."""
+        self._count, self._random = count, random
+
+    def forward(self) -> Tensor:
+        """Images from new noise."""
+        return self._images(self._count, self._random)
+
+    def descend(self, loss: Tensor, optimizer: Optimizer | None) -> None:
+        """One step of Adam."""
+        assert optimizer is not None
+        descend(loss, self.network.parameters(), optimizer)
+
+    @torch.no_grad()
+    def draw(self, count: int, shape: Sequence[int], random: torch.Generator) -> Tensor:
+        """New images, without gradient."""
+        return self._images(count, random)
+
+    def reset(self, random: torch.Generator) -> None:
+        """Draw the first linear layer anew."""
+        layer = next(m for m in self.network.modules() if isinstance(m, nn.Linear))
+        with torch.no_grad():
+            layer.weight.normal_(0, 0.02, generator=random)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+    def _images(self, count: int, random: torch.Generator) -> Tensor:
+        images: Tensor = self.network(self._noise(count, random))
+        return images
+
+    def _noise(self, count: int, random: torch.Generator) -> Tensor:
+        first = next(self.network.parameters())
+        return torch.randn(
+            count, self.latent, generator=random, device=first.device, dtype=first.dtype
+        )
+
+    @staticmethod
+    def _adam(parameters: object, rate: float) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.999))  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_kd.ranks import average_gradients
+from lightning_kd.sources.generator import Generator
+
+
+class MetaGenerator(Generator):
+    """A generator whose weights are a good start: each round adapts a copy, with its noise.
+
+    Args:
+        network: See ``Generator``.
+        learning_rate: Of the copy, Adam with betas (0.5, 0.999); the start moves with so many times
+            this rate as a round has steps.
+        latent_rate: Of the noise.
+        meta: How the start learns from the copy: ``"fomaml"`` (the copy's gradients, summed) or
+            ``"reptile"`` (the way that it went).
+
+    Raises:
+        ValueError: If ``meta`` is neither.
+
+    Source:
+        Fang et al. 2022 (Fast-Datafree), https://arxiv.org/abs/2112.06253, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float = 5e-3,
+        latent_rate: float = 0.015,
+        meta: Literal["fomaml", "reptile"] = "fomaml",
+    ) -> None:
+        super().__init__(network, learning_rate)
+        if meta not in ("fomaml", "reptile"):
+            raise ValueError(f'Expected meta "fomaml" or "reptile", got {meta!r}.')
+        self.latent_rate, self.meta = latent_rate, meta
+        self._twin: tuple[nn.Module, ...] = ()  # a tuple: it is made anew, not saved
+        self._steps = 0
+
+    def begin(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
+        """Copy the network and draw noise, which is trained along."""
+        first = next(self.network.parameters())
+        if not self._twin or next(self._twin[0].parameters()).device != first.device:
+            self._twin = (copy.deepcopy(self.network),)
+        with torch.no_grad():
+            for mine, theirs in zip(_tensors(self._twin[0]), _tensors(self.network), strict=True):
+                mine.copy_(theirs)
+        self.noise = self._noise(count, random).requires_grad_()
+        rates = [
+            {"params": list(self._twin[0].parameters())},
+            {"params": [self.noise], "lr": self.latent_rate},
+        ]
+        self._inner = self._adam(rates, self.learning_rate)
+        self._steps = 0
+        self.network.zero_grad()
+
+    def forward(self) -> Tensor:
+        """Images of the copy, of the same noise as before."""
+        images: Tensor = self._twin[0](self.noise)
+        return images
+
+    def descend(self, loss: Tensor, optimizer: Optimizer | None) -> None:
+        """One step of the copy and of the noise."""
+        twin = self._twin[0]
+        self._inner.zero_grad()
+        loss.backward(inputs=[*twin.parameters(), self.noise])
+        if self.meta == "fomaml":
+            for mine, theirs in zip(self.network.parameters(), twin.parameters(), strict=True):
+                if theirs.grad is not None:
+                    new = theirs.grad.clone()
+                    mine.grad = new if mine.grad is None else mine.grad.add_(new)
+        self._inner.step()
+        self._steps += 1
+
+    def end(self, optimizer: Optimizer | None) -> None:
+        """Move the start; under several processes by the mean of what their copies found."""
+        assert optimizer is not None
+        if self.meta == "reptile":
+            for mine, theirs in zip(
+                self.network.parameters(), self._twin[0].parameters(), strict=True
+            ):
+                mine.grad = (mine - theirs).detach()
+        average_gradients(list(self.network.parameters()))
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate * self._steps
+        optimizer.step()
+        del self.noise, self._inner
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
