@@ -61,5 +61,6 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    shares = torch.split(flat, [g.numel() for g in gradients])  # type: ignore[no-untyped-call]
+    for gradient, mean in zip(gradients, shares, strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -116,7 +116,8 @@ def class_balance(logits: Tensor) -> Tensor:
         Chen et al. 2019 (DAFL), https://arxiv.org/abs/1904.01186, equation 6.
     """
     mean = logits.softmax(1).mean(0)
-    return torch.special.xlogy(mean, mean.clamp(min=1e-30)).sum()
+    balance: Tensor = (mean * mean.clamp(min=1e-30).log()).sum()
+    return balance
 
 
 @full_precision

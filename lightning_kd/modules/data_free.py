@@ -70,7 +70,7 @@ class DataFree(ManualSteps, OneStudent):
             terms that wait for it (``Adversarial``) rest.
         reset_rounds: Rounds before which the source forgets its first layer, against collapse.
         reuse: Without a memory, learn all steps of a round from its own images; else from new ones.
-        crop_padding: Random crops after padding by so many pixels, of all images looked at; 0: none.
+        crop_padding: Random crops after padding by so many pixels, of all images; 0: none.
         flip: Random horizontal flips, likewise.
         optimizer: Of the student; ``null``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
         scheduler: Learning rate schedule; ``null``: constant.
@@ -156,7 +156,7 @@ class DataFree(ManualSteps, OneStudent):
             said |= self.distil(images)
         self.rounds += 1
         self.advance_schedules()
-        return self.note(said, self.student_steps * self.batch_size)
+        return self.note(said, self.samples_in(batch)) if said else None
 
     def invert(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Make the images of a round: those of the least loss, and the last loss's terms."""

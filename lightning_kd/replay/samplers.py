@@ -56,7 +56,7 @@ class Prioritized(Sampler):
             ``functional.importance_weights``.
 
     Raises:
-        ValueError: If a number is out of range, or alpha * beta >= 1, where priorities never settle.
+        ValueError: If a number is out of range, or alpha * beta >= 1: priorities never settle.
 
     Source:
         Schaul et al. 2016, https://arxiv.org/abs/1511.05952; SSD-KD, equations 4 to 6. The paper

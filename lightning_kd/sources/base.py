@@ -22,7 +22,7 @@ class ImageSource(nn.Module, ABC):
 
     @abstractmethod
     def begin(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
-        """Prepare a round of ``count`` images of ``shape`` (C, H, W), with this random generator."""
+        """Prepare a round of ``count`` images of ``shape`` (C, H, W)."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -58,6 +58,6 @@ def descend(
     """
     chosen = list(parameters)
     optimizer.zero_grad()
-    loss.backward(inputs=chosen)
+    torch.autograd.backward(loss, inputs=chosen)
     average_gradients(chosen)
     optimizer.step()

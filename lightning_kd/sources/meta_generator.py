@@ -70,7 +70,7 @@ class MetaGenerator(Generator):
         """One step of the copy and of the noise."""
         twin = self._twin[0]
         self._inner.zero_grad()
-        loss.backward(inputs=[*twin.parameters(), self.noise])
+        torch.autograd.backward(loss, inputs=[*twin.parameters(), self.noise])
         if self.meta == "fomaml":
             for mine, theirs in zip(self.network.parameters(), twin.parameters(), strict=True):
                 if theirs.grad is not None:

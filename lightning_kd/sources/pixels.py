@@ -48,7 +48,7 @@ class Pixels(ImageSource):
     def descend(self, loss: Tensor, optimizer: Optimizer | None) -> None:
         """One step on the pixels."""
         self._inner.zero_grad()
-        loss.backward(inputs=[self.pixels])
+        torch.autograd.backward(loss, inputs=[self.pixels])
         self._inner.step()
 
     def end(self, optimizer: Optimizer | None) -> None:
