@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,15 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size()
-    shares = torch.split(flat, [g.numel() for g in gradients])  # type: ignore[no-untyped-call]
+    shares = torch.split(flat, [g.numel() for g in gradients])
     for gradient, mean in zip(gradients, shares, strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Anything of all processes in order, by pickle between them; every process must ask."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone

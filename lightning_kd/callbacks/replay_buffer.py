@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_kd.modules import DataFree
-from lightning_kd.ranks import sum_over_ranks, world_size
+from lightning_kd.ranks import gather_objects, sum_over_ranks, world_size
 from lightning_kd.replay import Drawn, Memory, Sampler, Uniform
 
 ROWS = ("images", "logits", "priorities")
@@ -103,10 +103,7 @@ class ReplayBuffer(Callback):
             return self._saved or {}
         state = self.memory.state_dict()
         mine = {n: v.cpu().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
-        shards: list[Any] = [mine]
-        if world_size() > 1:
-            shards = [None] * world_size()
-            torch.distributed.all_gather_object(shards, mine)
+        shards = gather_objects(mine)
         return {
             **{name: torch.cat([shard[name] for shard in shards]) for name in ROWS},
             "sizes": [len(shard["images"]) for shard in shards],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -28,7 +28,6 @@ from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.cli.fill import fill_in
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked, expand_indices
-from lightning_kd.data import ImageData
 from lightning_kd.modules import Distiller
 
 
@@ -157,7 +156,7 @@ def main(args: ArgsType = None) -> LightningCLI:
     quieten()
     return DistillationCLI(
         Distiller,
-        ImageData,
+        LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

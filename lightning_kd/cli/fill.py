@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_kd.data import ImageData
+from lightning_kd.data import ImageData, Rounds
 
 
 def import_path(path: str) -> Callable[..., Any]:
@@ -17,19 +17,28 @@ def import_path(path: str) -> Callable[..., Any]:
 
 
 def fill_in(model: Namespace, data: Namespace) -> None:
-    """Give each network that has ``num_classes`` or ``in_channels`` unset what the data has.
+    """Fill in ``num_classes``, ``in_channels`` and ``image_shape`` of networks from the data.
 
     LightningCLI's links cannot do it: jsonargparse refuses a link to the arguments of a function,
     which is what most networks are named by.
     """
     kind = import_path(data["class_path"])
+    if inspect.isclass(kind) and issubclass(kind, Rounds):
+        measured = data.get("init_args.measure")
+        if measured is not None:
+            fill_in(model, measured)
+        return
     if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
         return
     # folders are only listed where the classes are not known beforehand
     options = vars(data["init_args"]) if data.get("init_args") else {}
     fixed = hasattr(kind, "num_classes") and not options.get("classes")
     source = kind if fixed else kind(**options)
-    known = {"num_classes": source.num_classes, "in_channels": source.image_shape[0]}
+    known = {
+        "num_classes": source.num_classes,
+        "in_channels": source.image_shape[0],
+        "image_shape": list(source.image_shape),
+    }
 
     def walk(node: Any) -> None:
         if isinstance(node, list):

@@ -28,7 +28,8 @@ class Attention(Exchange):
 
     Source:
         Chen et al. 2020, https://arxiv.org/abs/1912.00350, equations 3 to 8. Differs from the
-        authors' code: there logits inside targets get gradient too.
+        authors' code: there the logits inside targets and the
+        features that are attended to get gradient too.
     """
 
     def __init__(self, layer: str, dimension: int = 8, attend_self: bool = True) -> None:

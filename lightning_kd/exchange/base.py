@@ -85,6 +85,19 @@ class Exchange(nn.Module, ABC):
         return mean_of(peers, "probability").log_probabilities()
 
 
+def run(part: nn.Module, x: Tensor) -> Tensor:
+    """Call a part with BatchNorm; a batch of one sample has no statistics, so it uses its own."""
+    if len(x) > 1 or not part.training:
+        answer: Tensor = part(x)
+        return answer
+    part.eval()
+    try:
+        answer = part(x)
+    finally:
+        part.train()
+    return answer
+
+
 def detached(peers: Sequence[Knowledge]) -> list[Knowledge]:
     """The same answers without gradient."""
     return [

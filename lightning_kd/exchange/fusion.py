@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.exchange.base import Exchange, detached, mean_of, run
 from lightning_kd.functional import kl_divergence, pooled, task_cross_entropy
 from lightning_kd.functional.checks import check_positive
 from lightning_kd.knowledge import Ensemble, Knowledge
@@ -73,7 +73,7 @@ class Fusion(Exchange):
         maps = [peer.feature(self.layer) for peer in peers]
         size = maps[0].shape[2:]
         maps = [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear") for m in maps]
-        logits: Tensor = self.classify(pooled(self.fuse(torch.cat(maps, 1))))
+        logits: Tensor = self.classify(pooled(run(self.fuse, torch.cat(maps, 1))))
         return logits
 
     def forward(

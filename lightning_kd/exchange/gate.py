@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange, detached
+from lightning_kd.exchange.base import Exchange, detached, run
 from lightning_kd.functional import combine, pooled, task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.ranks import mean_over_labelled
@@ -48,7 +48,7 @@ class Gate(Exchange):
 
     def weights(self, peers: Sequence[Knowledge]) -> Tensor:
         """Share of each branch in each sample's answer, shape (K, B), with gradient."""
-        scores: Tensor = self.gate(pooled(peers[0].feature(self.layer)))
+        scores = run(self.gate, pooled(peers[0].feature(self.layer)))
         return scores.float().softmax(1).T
 
     def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:

@@ -67,3 +67,21 @@ class InversionTerm(nn.Module, ABC):
 
     def after_round(self) -> None:
         """Called when the images of a round are done."""
+
+
+def terms_by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:
+    """Key each term by its name in the log; equal names are numbered.
+
+    Raises:
+        TypeError: If one is something else.
+    """
+    named: dict[str, InversionTerm] = {}
+    for term in terms:
+        if not isinstance(term, InversionTerm):
+            raise TypeError(f"Expected terms of type InversionTerm, got {type(term).__name__}.")
+        key, count = term.name, 1
+        while key in named:
+            count += 1
+            key = f"{term.name}_{count}"
+        named[key] = term
+    return named

@@ -46,6 +46,22 @@ def fresh(network: nn.Module) -> nn.Module:
     return twin
 
 
+def _trace(network: nn.Module, layer: str) -> fx.Graph:
+    modes = [(module, module.training) for module in network.modules()]
+    graphs = []
+    for training in (False, True):
+        network.train(training)
+        graphs.append(_Cut(layer).trace(network))
+    for module, mode in modes:
+        module.training = mode
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError(
+            f"Expected {type(network).__name__} to be the same graph in train() and eval(), but a "
+            f"function in its forward reads the mode: use modules, nn.Dropout say, instead."
+        )
+    return graphs[0]
+
+
 def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a network behind a named layer into what leads to it and what follows.
 
@@ -55,7 +71,7 @@ def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphMo
         ValueError: If there is no such layer, or a later layer reads something from before the cut.
     """
     find_layer(network, layer)  # a wrong name is told with near ones
-    graph = _Cut(layer).trace(network)
+    graph = _trace(network, layer)
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == layer]
     if len(calls) != 1:
         raise ValueError(f"Expected layer {layer!r} to be called once, it is {len(calls)} times.")

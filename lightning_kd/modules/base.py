@@ -18,7 +18,7 @@ from lightning_kd.modules.dry_run import example_input
 from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.modules.terms import Terms
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.ranks import gather_objects, mean_over_labelled
 from lightning_kd.strategies import last_checkpoint
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
@@ -70,7 +70,7 @@ class Distiller(LightningModule):
         self._scheduler_interval = scheduler_interval
         self.num_classes = num_classes
         self.input_shape: tuple[int, ...] | None = None
-        self._rng: dict[str, Any] | None = None
+        self._rng: list[dict[str, Any]] | None = None
         self._terms = Terms()
 
     # ------------------------------------------------------------------ what a subclass overrides
@@ -177,13 +177,20 @@ class Distiller(LightningModule):
         """One step; returns the loss and its named terms, detached for callbacks."""
         x, target = self.unpack(batch)
         terms = self.step(x, target)
+        return {"loss": self.total(terms), **self.note(terms, len(x))}
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """Sum of the terms of a step.
+
+        Raises:
+            ValueError: If there is none.
+        """
         if not terms:
             raise ValueError(
                 "Expected at least one term in the loss, got none: the batch has no labels and "
                 "there are no distillation losses (or task_weight is 0)."
             )
-        loss = torch.stack(list(terms.values())).sum()
-        return {"loss": loss, **self.note(terms, len(x))}
+        return torch.stack(list(terms.values())).sum()
 
     def like_input(self, x: Tensor) -> Tensor:
         """Images on the module's device and in its precision, for a dry run."""
@@ -251,6 +258,7 @@ class Distiller(LightningModule):
         """On a CPU, keep memory between steps: faulting it in again is the largest overhead."""
         if self.device.type == "cpu":
             keep_freed_memory()
+        self._terms = Terms()  # without what a run that broke off has left
         # a validation of its own leaves states behind that were made in inference mode
         for metrics in self.metrics.values():
             assert isinstance(metrics, MetricCollection)
@@ -260,14 +268,15 @@ class Distiller(LightningModule):
         """Go on with the random numbers of the run that is resumed."""
         # a checkpoint that was only loaded, not resumed, leaves the user's seed alone
         if self._rng is not None and self.trainer.ckpt_path is not None:
-            set_rng_state(self._rng)
+            mine = self.global_rank if len(self._rng) == self.trainer.world_size else 0
+            set_rng_state(self._rng[mine])
         self._rng = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
         self._raise_if_not_finite()
         checkpoint["input_shape"] = self.input_shape
-        checkpoint["rng"] = rng_state()
+        checkpoint["rng"] = gather_objects(rng_state())
         checkpoint["accuracies"] = self.learner_accuracies()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ class Batched:
     """Networks of one architecture, asked as one network with a dimension more.
 
     Their parameters stay where they are; each call stacks them, and gradient flows back into each.
+    All run as the first one does: buffers must be changed in place, and attributes that a forward
+    pass reads must be the same in all.
 
     Args:
         networks: Two or more networks, alike but for their weights.
@@ -37,17 +39,24 @@ class Batched:
 
     def __init__(self, networks: Sequence[nn.Module], tap: Tap) -> None:
         for index, network in enumerate(networks):
-            if str(network) != str(networks[0]) or _shapes(network) != _shapes(networks[0]):
+            if _description(network) != _description(networks[0]):
                 raise ValueError(
                     f"Expected peers of one architecture with batched=True, but peer {index} "
                     f"differs from peer 0: set batched=False."
                 )
         self._networks = tuple(networks)
+        self._parts = [list(network.modules()) for network in networks]
         self._asked = _Asked(networks[0], tap)
 
     def __call__(self, views: Sequence[Tensor]) -> list[Knowledge]:
         """What each network says of its images (B, C, H, W); the same tensor is not copied."""
         same = all(view is views[0] for view in views)
+        modes = [[part.training for part in parts] for parts in self._parts]
+        if any(mode != modes[0] for mode in modes):
+            raise ValueError(
+                "Expected all peers in one mode with batched=True, got some parts in train() and "
+                "the same of others in eval(): set batched=False."
+            )
         states = [dict(network.named_parameters()) for network in self._networks]
         buffers = [dict(network.named_buffers()) for network in self._networks]
         weights = {n: torch.stack([state[n] for state in states]) for n in states[0]}
@@ -72,5 +81,7 @@ class Batched:
         ]
 
 
-def _shapes(network: nn.Module) -> list[tuple[str, torch.Size]]:
-    return [(n, p.shape) for n, p in network.state_dict().items()]
+def _description(network: nn.Module) -> list[object]:
+    shapes = [(n, p.shape) for n, p in network.state_dict().items()]
+    options = [str(getattr(part, "init_args", "")) for part in network.modules()]
+    return [str(network), shapes, options]

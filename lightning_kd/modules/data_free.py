@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -20,27 +18,9 @@ from lightning_kd.losses import DistillationLoss
 from lightning_kd.modules.lessons import lesson
 from lightning_kd.modules.manual import ManualSteps
 from lightning_kd.modules.one_student import OneStudent
-from lightning_kd.ranks import average_gradients
-from lightning_kd.replay import Drawn
+from lightning_kd.replay import Drawn, Remembers
 from lightning_kd.replay.memory import to_bytes
 from lightning_kd.sources import ImageSource, RandomLabels, Targets
-
-
-@runtime_checkable
-class Remembers(Protocol):
-    """What ``DataFree`` needs of a memory; ``lightning_kd.callbacks.ReplayBuffer`` is one."""
-
-    def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
-        """Remember images (B, C, H, W) with the teacher's logits (B, K) and priorities (B,)."""
-
-    def sample(self, count: int, random: torch.Generator) -> Drawn:
-        """Draw a batch."""
-
-    def update(self, drawn: Drawn, divergences: Tensor) -> None:
-        """Take note of how far the student was from its teacher on a batch, shape (B,)."""
-
-    def class_share(self) -> Tensor:
-        """Share of each class among the images of all processes, shape (K,); 0 if empty."""
 
 
 class DataFree(ManualSteps, OneStudent):
@@ -132,7 +112,7 @@ class DataFree(ManualSteps, OneStudent):
             num_classes=num_classes,
         )
         self.source, self.targets = source, targets or RandomLabels()
-        self.terms = nn.ModuleDict(_by_name(terms))
+        self.terms = nn.ModuleDict(terms_by_name(terms))
         self.distance, self.temperature = distance, temperature
         self.round_images, self.source_steps = round_images, source_steps
         self.student_steps, self.batch_size = student_steps, batch_size
@@ -161,14 +141,14 @@ class DataFree(ManualSteps, OneStudent):
     def invert(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Make the images of a round: those of the least loss, and the last loss's terms."""
         self.student.eval()
-        optimizer = self._raw_optimizer(1)
+        optimizer = self.raw_optimizer(1)
         assert self.input_shape is not None
         self.source.begin(self.round_images, self.input_shape, self._random)
         assert self.num_classes is not None
         target = self.targets.draw(self.round_images, self.num_classes, self._random)
         best, least = torch.empty(0), torch.empty(0)
         terms: dict[str, Tensor] = {}
-        with self._full_precision_if_scaled():
+        with self.full_precision_if_scaled():
             for step in range(self.source_steps):
                 images = self.source()
                 terms = self.judge(images, target)
@@ -242,7 +222,7 @@ class DataFree(ManualSteps, OneStudent):
                 losses = dict(zip(self.losses, self._losses(), strict=True))
                 more, _ = lesson(student, [teacher], (0,), losses, self.weighting, None)
                 total = total + torch.stack(list(more.values())).sum()
-            self._descend(optimizer, total)
+            self.descend(optimizer, total, self.trained())
             sums.append(total.detach())
         return {"distil": torch.stack(sums).mean()}
 
@@ -269,32 +249,6 @@ class DataFree(ManualSteps, OneStudent):
             t = self.temperature
             return t**2 * kl_divergence(student, teacher, t, t)
         return logit_l1(student, teacher) if self.distance == "l1" else logit_mse(student, teacher)
-
-    def _descend(self, optimizer: Any, loss: Tensor) -> None:
-        """One step of the student; see ``sources.base.descend`` for why it is done by hand."""
-        optimizer.zero_grad()
-        scaler = self._scaler()
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        average_gradients([p for part in self.trained() for p in part.parameters()])
-        optimizer.step()
-
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    @contextlib.contextmanager
-    def _full_precision_if_scaled(self) -> Iterator[None]:
-        """Invert in float32 under fp16, whose one gradient scaler belongs to the student."""
-        if self._scaler() is None:
-            yield
-            return
-        with torch.autocast(self.device.type, enabled=False):
-            yield
-
-    def _raw_optimizer(self, index: int) -> torch.optim.Optimizer | None:
-        optimizers: Any = self.optimizers(use_pl_optimizer=False)
-        return (
-            optimizers[index] if isinstance(optimizers, list) and len(optimizers) > index else None
-        )
 
     def _named(self) -> list[tuple[str, InversionTerm]]:
         return [(n, t) for n, t in self.terms.items() if isinstance(t, InversionTerm)]
@@ -367,16 +321,3 @@ class DataFree(ManualSteps, OneStudent):
     def samples_in(self, batch: Any) -> int:
         """Images that the student learns from in one round."""
         return self.student_steps * self.batch_size
-
-
-def _by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:
-    named: dict[str, InversionTerm] = {}
-    for term in terms:
-        if not isinstance(term, InversionTerm):
-            raise TypeError(f"Expected terms of type InversionTerm, got {type(term).__name__}.")
-        key, count = term.name, 1
-        while key in named:
-            count += 1
-            key = f"{term.name}_{count}"
-        named[key] = term
-    return named

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from lightning_kd.modules.base import Distiller
+from lightning_kd.ranks import average_gradients
 
 
 class ManualSteps(Distiller):
@@ -29,13 +31,13 @@ class ManualSteps(Distiller):
             clip_norm: Largest norm of a network's gradient; ``None``: not clipped.
         """
         optimizer.zero_grad()
-        self.manual_backward(torch.stack(list(terms.values())).sum())
+        self.manual_backward(self.total(terms))
         if clip_norm is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is not None:  # fp16: gradients are scaled until the step
-                scaler.unscale_(optimizer.optimizer)
+            scaler = self._scaler()
+            # fp16: gradients are scaled, and Lightning unscales them inside the step
+            scale = 1.0 if scaler is None else scaler.get_scale()
             for network in networks:
-                nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+                nn.utils.clip_grad_norm_(network.parameters(), clip_norm * scale)
         optimizer.step()
 
     def advance_schedules(self) -> None:
@@ -52,3 +54,32 @@ class ManualSteps(Distiller):
                     scheduler.step(metric)
             else:
                 scheduler.step()
+
+    def descend(self, optimizer: Any, loss: Tensor, parts: Iterable[nn.Module]) -> None:
+        """One optimizer step on the gradients of these parts, averaged over processes.
+
+        By hand, as in ``sources.base.descend``: DDP expects every parameter in each backward pass.
+        """
+        optimizer.zero_grad()
+        scaler = self._scaler()
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        average_gradients([p for part in parts for p in part.parameters()])
+        optimizer.step()
+
+    def raw_optimizer(self, index: int) -> torch.optim.Optimizer | None:
+        """An optimizer whose steps Lightning does not count, if there are so many."""
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        found = optimizers if isinstance(optimizers, list) else [optimizers]
+        return found[index] if len(found) > index else None
+
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @contextlib.contextmanager
+    def full_precision_if_scaled(self) -> Iterator[None]:
+        """Float32 inside under fp16, for losses that its one gradient scaler knows nothing of."""
+        if self._scaler() is None:
+            yield
+            return
+        with torch.autocast(self.device.type, enabled=False):
+            yield

@@ -255,13 +255,13 @@ class OneStudent(Distiller):
         if self.trainer.sanity_checking:
             return  # its batches come again in the first epoch and must not count twice
         update_metrics(metrics, student.logits, target, members, answer)
-        if target is not None and stage == "val":
+        if target is not None and stage == "val" and self.trainer.state.fn == "fit":
             self.weighting.observe(student, members, target)
         self.log_metrics(metrics, f"{stage}/accuracy")
 
     def on_validation_epoch_end(self) -> None:
-        """Let the weighting learn from what validation showed."""
-        if not self.trainer.sanity_checking:
+        """Let the weighting learn from what a validation inside a fit showed."""
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.weighting.update()
 
     def on_fit_start(self) -> None:

@@ -148,8 +148,11 @@ class PeerCohort(Cohort):
             list(self.peers.branch.branches if self.peers.branching else self.peers.networks),
         )
         inside = [type(loss).__name__ for loss in teacher_losses or () if loss.changes_student]
-        if inside and self.peers.branching:
-            raise ValueError(f"Expected separate networks with {inside}, got branches of one.")
+        if inside and (self.peers.branching or batched):
+            raise ValueError(
+                f"Expected networks that run apart with {inside}, which flow into their forward "
+                f"passes, got branches or batched=True."
+            )
         self.update, self.view, self.clip_norm = update, view, clip_norm
         self.automatic_optimization = update == "simultaneous" and clip_norm is None
 
@@ -201,7 +204,7 @@ class PeerCohort(Cohort):
             if teachers is not None:
                 value = loss.weight * loss(peer, teachers, target)
             else:
-                value = 0.0 * peer.logits.sum()
+                value = 0.0 * peer.logits.float().sum()
             adapters = [p.sum() for p in loss.parameters()]
             if adapters:  # DDP wants a gradient of each, whoever teaches
                 value = value + 0.0 * torch.stack(adapters).sum()
@@ -310,11 +313,13 @@ class PeerCohort(Cohort):
         else:
             terms = self.step(x, target)
             self.advance(optimizer, terms, self.peers.networks, self.clip_norm)
+        self.exchange.after_step(self.peers)
         self.advance_schedules()
         return self.note(terms, len(x))
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the exchange see the peers after their step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the exchange see the peers after each step, before a callback may save them."""
+        super().optimizer_step(*args, **kwargs)
         self.exchange.after_step(self.peers)
 
     def evaluate(self, batch: Any, stage: str) -> None:
@@ -327,11 +332,11 @@ class PeerCohort(Cohort):
         if self.trainer.sanity_checking:
             return  # its batches come again in the first epoch and must not count twice
         update_cohort_metrics(metrics, peers, answer, target)
-        if target is not None and stage == "val":
+        if target is not None and stage == "val" and self.trainer.state.fn == "fit":
             self.exchange.observe(peers, target)
         self.log_metrics(metrics, f"{stage}/ensemble/accuracy")
 
     def on_validation_epoch_end(self) -> None:
-        """Let the exchange learn from what validation showed."""
-        if not self.trainer.sanity_checking:
+        """Let the exchange learn from what a validation inside a fit showed."""
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.exchange.update()

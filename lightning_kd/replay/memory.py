@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ class Drawn:
     images: Tensor
     logits: Tensor | None = None
     weights: Tensor | None = None
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """What ``DataFree`` needs of a memory: ``lightning_kd.callbacks.ReplayBuffer``, or another."""
+
+    def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
+        """Remember images (B, C, H, W) with the teacher's logits (B, K) and priorities (B,)."""
+
+    def sample(self, count: int, random: torch.Generator) -> Drawn:
+        """Draw a batch."""
+
+    def update(self, drawn: Drawn, divergences: Tensor) -> None:
+        """Take note of how far the student was from its teacher on a batch, shape (B,)."""
+
+    def class_share(self) -> Tensor:
+        """Share of each class among the images of all processes, shape (K,); 0 if empty."""
 
 
 class Memory:

@@ -163,7 +163,8 @@ def test_empty_data_is_told(options, message):
 def test_every_rank_is_told_of_fewer_images_than_ranks(rank):
     strategy = SimpleNamespace(broadcast=lambda value: value)
     data = Digits(subset=3, val_split=3)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy)
+    share = {"num_replicas": 4, "rank": rank}
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=share, strategy=strategy)
     data.setup("fit")
     for loader in (data.train_dataloader, data.val_dataloader):
         with pytest.raises(ValueError, match="each of 4 processes, got 3 images"):
