@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_kd.functional import labelled
 
@@ -74,3 +74,16 @@ def gather_objects(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def broadcast_buffers(*modules: nn.Module) -> None:
+    """Give all processes the first one's float buffers, as DDP does; every process must ask."""
+    if world_size() == 1:
+        return
+    buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([b.detach().flatten() for b in buffers])
+    torch.distributed.broadcast(flat, 0)
+    for buffer, first in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+        buffer.copy_(first.view_as(buffer))

@@ -13,11 +13,14 @@ from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.functional.data_free import logit_l1
 from lightning_kd.functional.seeds import mixed_seed
 from lightning_kd.inversion import InversionTerm, Inverted
+from lightning_kd.inversion.base import terms_by_name
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss
+from lightning_kd.modules.dry_run import ask
 from lightning_kd.modules.lessons import lesson
 from lightning_kd.modules.manual import ManualSteps
 from lightning_kd.modules.one_student import OneStudent
+from lightning_kd.ranks import broadcast_buffers
 from lightning_kd.replay import Drawn, Remembers
 from lightning_kd.replay.memory import to_bytes
 from lightning_kd.sources import ImageSource, RandomLabels, Targets
@@ -258,6 +261,8 @@ class DataFree(ManualSteps, OneStudent):
         assert self.seed is not None
         if self._random.device != self.device:
             self._random = torch.Generator(self.device)
+        # without its own backward pass DDP does not do it
+        broadcast_buffers(self.student, self.source)
         self._random.manual_seed(mixed_seed(self.seed, self.rounds, self.global_rank))
         if self.rounds in self.reset_rounds:
             # equal in all processes, unlike the images
@@ -289,8 +294,8 @@ class DataFree(ManualSteps, OneStudent):
         layers += [n for _, term in self._named() for n in term.teacher_layers()]
         teacher.listen(layers)
         if self.num_classes is None:
-            with torch.no_grad():
-                self.num_classes = self.learn(x).logits.shape[1]
+            answer = ask("the student", self.student, self.learn, x)
+            self.num_classes = answer.logits.shape[1]
 
     def configure_optimizers(self) -> Any:
         """The student's optimizer, then the source's, if it has one."""

@@ -1,0 +1,334 @@
+"""A student without data: rounds, resume, several processes, precision, and what is left alone."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_kd.callbacks import ReplayBuffer
+from lightning_kd.data import Digits, Rounds
+from lightning_kd.inversion import (
+    Activation,
+    Adversarial,
+    BatchNormStatistics,
+    ClassBalance,
+    OneHot,
+    TotalVariation,
+)
+from lightning_kd.losses import AttentionTransfer
+from lightning_kd.models import ImageGenerator
+from lightning_kd.modules import DataFree
+from lightning_kd.replay import Prioritized
+from lightning_kd.sources import Generator, MetaGenerator, Noise, Pixels, TeacherLabels
+from tests.modules.test_ranks import launch
+
+
+def network():
+    return ImageGenerator((1, 8, 8), latent=8, width=4)
+
+
+SOURCES = {
+    "generator": lambda: Generator(network()),
+    "fomaml": lambda: MetaGenerator(network()),
+    "reptile": lambda: MetaGenerator(network(), meta="reptile"),
+    "pixels": lambda: Pixels(),
+    "noise": Noise,
+}
+
+
+@pytest.fixture
+def build(tiny):
+    def make(source="fomaml", seed=1, **options):
+        torch.manual_seed(0)
+        teacher = tiny(8)
+        torch.manual_seed(seed)
+        terms = [
+            BatchNormStatistics(1.0, momentum=0.5),
+            OneHot(0.5, modulate=True),
+            Adversarial(1.0, masked=False),
+        ]
+        defaults = {
+            "terms": [] if source == "noise" else terms, "round_images": 16, "source_steps": 2,
+            "student_steps": 3, "batch_size": 8, "warm_up": 1, "temperature": 4.0,
+        }  # fmt: skip
+        return DataFree(tiny(4), teacher, SOURCES[source](), **{**defaults, **options})
+
+    return make
+
+
+def rounds(count=4, measured=False):
+    if measured:
+        return Rounds(count, Digits(subset=64, val_split=32))
+    return Rounds(count, num_classes=10, image_shape=(1, 8, 8))
+
+
+def memory(**options):
+    return ReplayBuffer(**{"capacity": 40, "sampler": Prioritized(), **options})
+
+
+def weights(module):
+    return copy.deepcopy({k: v for k, v in module.state_dict().items() if torch.is_tensor(v)})
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_trains_the_student_and_nothing_else(build, make_trainer, source):
+    module = build(source)
+    teacher = module.teachers[0].network
+    before, mine = copy.deepcopy(teacher.state_dict()), copy.deepcopy(module.student.state_dict())
+    trainer = make_trainer(max_epochs=2, callbacks=[memory()])
+    trainer.fit(module, datamodule=rounds(measured=True))
+    assert_equal(before, dict(teacher.state_dict()))
+    assert not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(not torch.equal(mine[k], v) for k, v in module.student.state_dict().items())
+    assert module.rounds == 8
+    assert trainer.global_step == 7 * 3  # the student's steps alone, without the warm-up
+    assert 0 <= float(trainer.callback_metrics["val/accuracy"]) <= 1
+
+
+def test_inversion_leaves_the_student_alone(build, make_trainer):
+    module = build(warm_up=100)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    fresh = build(warm_up=100)
+    assert_equal(dict(fresh.student.state_dict()), dict(module.student.state_dict()))
+    assert all(p.grad is None or not p.grad.any() for p in module.student.parameters())
+    start = fresh.source.state_dict()
+    assert any(not torch.equal(start[k], v) for k, v in module.source.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["generator", "fomaml", "reptile", "pixels"])
+@pytest.mark.parametrize("evict", ["oldest", "lowest_priority"])
+def test_resumed_run_equals_the_uninterrupted_one(build, make_trainer, tmp_path, source, evict):
+    """Bit for bit: networks, optimizers, contents and priorities, in the middle of the ring."""
+    whole, buffer = build(source), memory(evict=evict)
+    make_trainer(max_epochs=3, callbacks=[buffer]).fit(whole, datamodule=rounds())
+    first = make_trainer(max_epochs=1, callbacks=[memory(evict=evict)])
+    first.fit(build(source), datamodule=rounds())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    torch.load(tmp_path / "half.ckpt", weights_only=True)
+    again, resumed = build(source, seed=7), memory(evict=evict)
+    trainer = make_trainer(max_epochs=3, callbacks=[resumed])
+    trainer.fit(again, datamodule=rounds(), ckpt_path=tmp_path / "half.ckpt")
+    assert_equal(weights(whole), weights(again))
+    for name in ("images", "logits", "priorities", "counts"):
+        mine = getattr(resumed.memory, name)
+        assert torch.equal(getattr(buffer.memory, name), mine), name
+    assert buffer.memory.position == resumed.memory.position
+    assert len(buffer.memory) == 40
+
+
+def test_equal_seeds_give_equal_runs_whatever_else_draws(build, make_trainer):
+    ends = []
+    for noise in (0, 5):
+        module = build(seed=1)
+        torch.rand(noise)
+        trainer = make_trainer(max_epochs=1, callbacks=[memory()])
+        module.seed = 3
+        trainer.fit(module, datamodule=rounds())
+        ends.append(weights(module))
+    assert_equal(*ends)
+
+
+METHODS = {
+    "dafl": {
+        "source": "generator", "reuse": True, "student_steps": 1, "source_steps": 1,
+        "targets": TeacherLabels(),
+        "terms": [OneHot(1.0), ClassBalance(5.0), Activation("relu", 0.1)],
+    },
+    "dfad": {"source": "generator", "distance": "l1", "terms": [Adversarial(1.0, "l1")]},
+    "zskt": {
+        "source": "generator", "reuse": True, "terms": [Adversarial(1.0)],
+        "losses": [AttentionTransfer("relu", "relu", weight=10.0)],
+    },
+    "js": {
+        "source": "generator", "distance": "mse",
+        "terms": [Adversarial(1.0, "js"), TotalVariation(0.1)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_without_a_memory(build, make_trainer, method):
+    module = build(warm_up=0, **METHODS[method])
+    before = copy.deepcopy(module.student.state_dict())
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=rounds())
+    assert any(not torch.equal(before[k], v) for k, v in module.student.state_dict().items())
+    assert torch.isfinite(trainer.callback_metrics["train/distil"])
+    if "adversarial" in module.terms:  # public code gave the teacher in the student's place
+        assert float(trainer.callback_metrics["train/invert/adversarial"]) < -1e-6
+
+
+def test_bf16_stays_finite(build, make_trainer):
+    module = build()
+    trainer = make_trainer(max_epochs=5, precision="bf16-mixed", callbacks=[memory()])
+    trainer.fit(module, datamodule=rounds(40))
+    assert module.rounds == 200
+    assert all(torch.isfinite(v).all() for v in weights(module).values())
+    assert torch.isfinite(trainer.callback_metrics["train/distil"])
+
+
+def test_cached_answers_equal_fresh_ones(build, make_trainer, monkeypatch):
+    """Without augmentation the teacher is asked when an image comes, and not again."""
+    asked = []
+    module = build()
+    teach = module.teach
+    module.teach = lambda x, *rest: asked.append(len(x)) or teach(x, *rest)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    assert not asked
+    drawn = module.memory.sample(8, torch.Generator())
+    with torch.no_grad():
+        torch.testing.assert_close(drawn.logits, module.teachers[0](drawn.images).logits)
+
+
+def test_augmented_images_are_asked_about_anew(build, make_trainer):
+    asked = []
+    module = build(crop_padding=1, flip=True)
+    teach = module.teach
+    module.teach = lambda x, *rest: asked.append(len(x)) or teach(x, *rest)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    assert asked == [8] * 9
+
+
+def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_trainer):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1))
+
+    module = DataFree(
+        tiny(4), Plain(), Generator(network()), [BatchNormStatistics(), OneHot()],
+        round_images=8, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="no BatchNorm layers"):
+        make_trainer(max_epochs=1).fit(module, datamodule=rounds())
+    assert set(module.terms) == {"one_hot"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student_steps": 0}, "student_steps >= 1"),
+        ({"distance": "cosine"}, '"kl", "l1" or "mse"'),
+        ({"temperature": 0.0}, "temperature > 0"),
+    ],
+)
+def test_wrong_options_are_told(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_memory_smaller_than_a_round_is_told(build, make_trainer):
+    with pytest.raises(ValueError, match="capacity"):
+        make_trainer(callbacks=[memory(capacity=8)]).fit(build(), datamodule=rounds())
+
+
+def test_pixels_without_a_memory_are_told(build, make_trainer):
+    with pytest.raises(NotImplementedError, match="ReplayBuffer"):
+        make_trainer().fit(build("pixels", warm_up=0), datamodule=rounds())
+
+
+def test_replay_buffer_elsewhere_is_refused(make_module, make_trainer, digits):
+    with pytest.raises(TypeError, match="DataFree"):
+        make_trainer(callbacks=[memory()]).fit(make_module(), datamodule=digits())
+
+
+RANKS = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from tests.conftest import TinyNet
+from lightning_kd import DataFree
+from lightning_kd.callbacks import ReplayBuffer
+from lightning_kd.data import Rounds
+from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.models import ImageGenerator
+from lightning_kd.replay import Prioritized
+from lightning_kd.sources import Generator, MetaGenerator
+
+def make(source):
+    torch.manual_seed(1)
+    net = ImageGenerator((1, 8, 8), latent=8, width=4)
+    return DataFree(
+        TinyNet(4), TinyNet(8), {"g": Generator, "m": MetaGenerator}[source](net),
+        [BatchNormStatistics(), OneHot(modulate=True), Adversarial()], round_images=16,
+        source_steps=2, student_steps=2, batch_size=8, warm_up=1,
+    )
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = sys.argv[1]
+    for source in ("g", "m"):
+        torch.manual_seed(1)
+        module, buffer = make(source), ReplayBuffer(40, Prioritized())
+        def trainer(epochs, callback, devices=2):
+            return Trainer(
+                max_epochs=epochs, accelerator="cpu", devices=devices, logger=False,
+                strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
+                enable_model_summary=False, enable_progress_bar=False, callbacks=[callback],
+            )
+        data = Rounds(4, num_classes=10, image_shape=(1, 8, 8))
+        run = trainer(2, buffer)
+        run.fit(module, datamodule=data)
+        images = buffer.memory.images.clone()
+        shards = [torch.empty_like(images) for _ in range(2)]
+        torch.distributed.all_gather(shards, images)
+        assert not torch.equal(*shards), "both processes remember the same images"
+        assert len(images) == 20
+        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        everyone = [torch.empty_like(flat) for _ in range(2)]
+        torch.distributed.all_gather(everyone, flat)
+        assert torch.equal(*everyone), "networks differ between processes"
+        share = buffer.class_share()
+        counts = sum(torch.bincount(s, minlength=10) for s in [buffer.memory.logits.argmax(1)])
+        total = counts.float()
+        torch.distributed.all_reduce(total)
+        torch.testing.assert_close(share, total / 40)
+
+        half, first = make(source), ReplayBuffer(40, Prioritized())
+        run = trainer(1, first)
+        run.fit(half, datamodule=data)
+        run.save_checkpoint(f"{folder}/{source}.ckpt")
+        again, resumed = make(source), ReplayBuffer(40, Prioritized())
+        run = trainer(2, resumed)
+        run.fit(again, datamodule=data, ckpt_path=f"{folder}/{source}.ckpt")
+        for a, b in zip(module.parameters(), again.parameters()):
+            assert torch.equal(a, b)
+        assert torch.equal(resumed.memory.images, images)
+        assert torch.equal(resumed.memory.priorities, buffer.memory.priorities)
+        if run.is_global_zero:
+            torch.save(module.state_dict(), f"{folder}/{source}.pt")
+"""
+
+
+def test_two_processes_share_the_memory_and_one_goes_on_with_all_of_it(tmp_path, make_trainer):
+    """Under plain ``ddp``: images apart, networks together, resume bit for bit."""
+    launch(RANKS, tmp_path, str(tmp_path))
+    saved = torch.load(tmp_path / "g.ckpt", weights_only=True)
+    (state,) = [v for k, v in saved["callbacks"].items() if "ReplayBuffer" in k]
+    assert state["sizes"] == [20, 20]
+    scope = {}
+    exec(RANKS, scope)
+    found = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args):
+            found.append({image.numpy().tobytes() for image in buffer.memory.images})
+
+    buffer = memory()
+    module = scope["make"]("g")
+    trainer = make_trainer(max_epochs=2, callbacks=[buffer, Look()])
+    trainer.fit(module, datamodule=rounds(), ckpt_path=tmp_path / "g.ckpt")
+    assert found[0] == {image.numpy().tobytes() for image in state["images"]}
+    assert len(found[0]) == 40
