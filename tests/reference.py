@@ -370,3 +370,120 @@ def attention_targets(left, right, features, logits):
             rows.append(sum(shares[b] * logits[b][s] for b in range(len(logits))))
         targets.append(torch.stack(rows))
     return targets
+
+
+def modulating_weight(logits, contents, gamma):
+    """(1 - share of its class in the memory) (1 - p)^gamma, a row; Liu et al. 2024, equation 3."""
+    shares = softmax(logits)
+    label = max(range(len(shares)), key=lambda k: float(shares[k]))
+    same = sum(1 for other in contents if other == label)
+    rare = 1 - same / len(contents) if contents else 1.0
+    return rare * (1 - shares[label]) ** gamma
+
+
+def priority_probabilities(priorities, alpha, epsilon):
+    """(|d_i| + e)^a / sum_j (|d_j| + e)^a, floats; Schaul et al. 2016, equation 1."""
+    powers = [(abs(d) + epsilon) ** alpha for d in priorities]
+    return [p / sum(powers) for p in powers]
+
+
+def importance_weights(probabilities, count, beta):
+    """1 / (N P_i)^b, floats; Schaul et al. 2016, section 3.4."""
+    return [1 / (count * p) ** beta for p in probabilities]
+
+
+def channel_statistics(values):
+    """Mean and biased variance of each channel of (B, C, ...); Ioffe & Szegedy 2015, algorithm 1.
+
+    Sums are in float64.
+    """
+    means, variances = [], []
+    for c in range(values.shape[1]):
+        numbers = list(values[:, c].double().flatten())
+        mean = sum(numbers) / len(numbers)
+        means.append(mean)
+        variances.append(sum((x - mean) ** 2 for x in numbers) / len(numbers))
+    return torch.stack(means), torch.stack(variances)
+
+
+def statistics_gap(layers):
+    """sum_l ||m_l - rm_l|| + ||v_l - rv_l||, plain norms; Yin et al. 2020, equation 4."""
+    total = 0.0
+    for mean, variance, wanted_mean, wanted_variance in layers:
+        for found, wanted in ((mean, wanted_mean), (variance, wanted_variance)):
+            total = total + sum((a - b) ** 2 for a, b in zip(found, wanted, strict=True)) ** 0.5
+    return total
+
+
+def class_balance(logits):
+    """sum_k m_k log m_k of the mean answer m; Chen et al. 2019 (DAFL), equation 6."""
+    rows = [softmax(z) for z in logits]
+    means = [sum(row[k] for row in rows) / len(rows) for k in range(len(rows[0]))]
+    return sum(m * torch.log(m) for m in means)
+
+
+def total_variation(images):
+    """Mean |difference| of neighbours, down plus across; Mahendran & Vedaldi 2015, section 3."""
+    down, across = [], []
+    batch, channels, height, width = images.shape
+    for b in range(batch):
+        for c in range(channels):
+            for i in range(height):
+                for j in range(width):
+                    here = images[b, c, i, j]
+                    if i + 1 < height:
+                        down.append(abs(images[b, c, i + 1, j] - here))
+                    if j + 1 < width:
+                        across.append(abs(images[b, c, i, j + 1] - here))
+    return sum(down) / len(down) + sum(across) / len(across)
+
+
+def logit_l1(student, teacher):
+    """(1/K) sum_k |s_k - t_k| per row; Fang et al. 2019 (DFAD), equation 3."""
+    return torch.stack(
+        [
+            sum(abs(a - b) for a, b in zip(s, t, strict=True)) / len(s)
+            for s, t in zip(student, teacher, strict=True)
+        ]
+    )
+
+
+def soft_cross_entropy(logits, targets):
+    """- sum_k y_k log p_k per row, y probabilities; Wang 2021, the transfer set's loss."""
+    return torch.stack(
+        [
+            -sum(y * torch.log(p) for y, p in zip(row, softmax(z), strict=True))
+            for z, row in zip(logits, targets, strict=True)
+        ]
+    )
+
+
+def jensen_shannon_of_logits(student, teacher, temperature):
+    """(KL(p || m) + KL(q || m)) / 2 per row, differentiable; Yin et al. 2020, equation 9."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        total = 0.0
+        for q, p in zip(softmax(s, temperature), softmax(t, temperature), strict=True):
+            middle = (p + q) / 2
+            total = total + p * torch.log(p / middle) + q * torch.log(q / middle)
+        values.append(total / 2)
+    return torch.stack(values)
+
+
+class AdamOfOne:
+    """Adam on one tensor, in place; Kingma & Ba 2015, algorithm 1."""
+
+    def __init__(self, rate, betas=(0.5, 0.999), epsilon=1e-8):
+        self.rate, self.betas, self.epsilon = rate, betas, epsilon
+        self.first = self.second = 0.0
+        self.steps = 0
+
+    def step(self, values, gradient):
+        self.steps += 1
+        a, b = self.betas
+        self.first = a * self.first + (1 - a) * gradient
+        self.second = b * self.second + (1 - b) * gradient**2
+        first = self.first / (1 - a**self.steps)
+        second = self.second / (1 - b**self.steps)
+        with torch.no_grad():
+            values -= self.rate * first / (second.sqrt() + self.epsilon)

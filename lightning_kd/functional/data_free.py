@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_kd.functional.checks import check_same_shape
 from lightning_kd.functional.precision import full_precision
+from lightning_kd.functional.trust import jensen_shannon
 
 
 @full_precision
@@ -74,6 +75,8 @@ def importance_weights(
     Source:
         Schaul et al. 2016, https://arxiv.org/abs/1511.05952, section 3.4; SSD-KD, equation 5.
     """
+    if normalize not in ("mean", "max", "none"):
+        raise ValueError(f'Expected normalize "mean", "max" or "none", got {normalize!r}.')
     weights = (count * probabilities) ** -beta
     if normalize == "mean":
         return weights / weights.mean()
@@ -145,6 +148,17 @@ def logit_l1(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @full_precision
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with labels (B,) or probabilities (B, K), per sample (B,)."""
-    return F.cross_entropy(logits, target, reduction="none")
+def soft_cross_entropy(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of softened logits with labels (B,) or probabilities (B, K), per sample."""
+    return F.cross_entropy(logits / temperature, target, reduction="none")
+
+
+@full_precision
+def jensen_shannon_of_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon divergence of softened answers (B, K), per sample (B,), in [0, log 2].
+
+    Source:
+        Yin et al. 2020 (DeepInversion), https://arxiv.org/abs/1912.08795, adaptive term.
+    """
+    check_same_shape(student, teacher, "logits")
+    return jensen_shannon((student / temperature).softmax(1), (teacher / temperature).softmax(1))

@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_kd.functional import jensen_shannon, kl_divergence
-from lightning_kd.functional.data_free import logit_l1
+from lightning_kd.functional import kl_divergence
+from lightning_kd.functional.data_free import jensen_shannon_of_logits, logit_l1
 from lightning_kd.inversion.base import InversionTerm, Inverted
 
 
@@ -52,7 +52,7 @@ class Adversarial(InversionTerm):
         elif self.distance == "l1":
             apart = logit_l1(student, teacher)
         else:
-            apart = jensen_shannon((student / t).softmax(1), (teacher / t).softmax(1))
+            apart = jensen_shannon_of_logits(student, teacher, t)
         if self.masked:
             apart = apart * (student.argmax(1) == teacher.argmax(1))
         return -apart.mean()

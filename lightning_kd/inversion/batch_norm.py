@@ -53,10 +53,11 @@ class BatchNormStatistics(InversionTerm):
         """Move the running statistics to those of the last images."""
         if not self.momentum:
             return
-        if not self._running:
-            self._running = [value.clone() for value in self._last]
-        for old, new in zip(self._running, self._last, strict=True):
-            old.lerp_(new, 1 - self.momentum)
+        before = self._running or self._last
+        self._running = [  # of a checkpoint they may lie on another device
+            old.to(new).lerp(new, 1 - self.momentum)
+            for old, new in zip(before, self._last, strict=True)
+        ]
 
     def get_extra_state(self) -> dict[str, Any]:
         """Running statistics, for the checkpoint; no buffers, which DDP would overwrite."""

@@ -48,7 +48,7 @@ class OneHot(InversionTerm):
     def forward(self, seen: Inverted) -> Tensor:
         """Scalar; see ``InversionTerm.forward``."""
         logits = seen.teacher.logits
-        losses = soft_cross_entropy(logits / self.temperature, seen.target)
+        losses = soft_cross_entropy(logits, seen.target, self.temperature)
         if not self.modulate:
             return losses.mean()
         share = seen.class_share

@@ -97,9 +97,10 @@ class Memory:
         self.counts.index_add_(0, self.logits[evicted].argmax(1), -torch.ones_like(evicted).float())
         places = torch.cat([fresh, evicted])
         self.images[places] = to_bytes(images)
-        self.logits[places] = logits.to(self.logits.dtype)
+        kept = logits.to(self.logits.dtype)  # rounded, it may see another class
+        self.logits[places] = kept
         self.priorities[places] = priorities.to(self.priorities.dtype)
-        self.counts.index_add_(0, logits.argmax(1), torch.ones(count, device=device))
+        self.counts.index_add_(0, kept.argmax(1), torch.ones(count, device=device))
         self.size += free
 
     def sample(self, count: int, random: torch.Generator) -> Drawn:
@@ -138,12 +139,19 @@ class Memory:
             )
         self.size, self.position = 0, state.get("position", 0)
         self.counts.zero_()
+        if not len(images):
+            return
         device = self.counts.device
+        priorities = state["priorities"]
+        if len(images) != self.capacity:  # there is room behind the oldest now
+            rows = (images, logits, priorities)
+            images, logits, priorities = (row.roll(-self.position, 0) for row in rows)
+            self.position = 0
         self._make_room(images, logits)
         self.size = len(images)
         self.images[: self.size] = images.to(device)
         self.logits[: self.size] = logits.to(device)
-        self.priorities[: self.size] = state["priorities"].to(device)
+        self.priorities[: self.size] = priorities.to(device)
         classes = self.logits[: self.size].argmax(1)
         self.counts.index_add_(0, classes, torch.ones(self.size, device=device))
 
@@ -168,8 +176,8 @@ class Memory:
             return self.priorities[: self.size].topk(count, largest=False).indices
         places = torch.arange(self.position, self.position + count, device=self.counts.device)
         if count:
-            self.position = (self.position + count) % self.size
-        return places % max(self.size, 1)
+            self.position = (self.position + count) % len(self.images)
+        return places % len(self.images)
 
 
 def to_bytes(images: Tensor) -> Tensor:

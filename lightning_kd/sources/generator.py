@@ -58,7 +58,12 @@ class Generator(ImageSource):
 
     def reset(self, random: torch.Generator) -> None:
         """Draw the first linear layer anew."""
-        layer = next(m for m in self.network.modules() if isinstance(m, nn.Linear))
+        layer = next((m for m in self.network.modules() if isinstance(m, nn.Linear)), None)
+        if layer is None:
+            raise TypeError(
+                f"Expected a generator with a linear layer to reset, got "
+                f"{type(self.network).__name__} without one: leave out reset_rounds."
+            )
         with torch.no_grad():
             layer.weight.normal_(0, 0.02, generator=random)
             if layer.bias is not None:
