@@ -5,7 +5,7 @@
     python benchmarks/data_free.py table
     python benchmarks/data_free.py plot
 
-Setting: MNIST; the teacher is a ResNet-8 of width 16 (74,890 parameters), the student one of width
+Setting: MNIST; the teacher is a ResNet-8 of width 16 (75,002 parameters), the student one of width
 8 (19,074). Every arm takes the same number of student steps of the same batch, and every arm that
 inverts images the same number of generator steps; the student is measured on the test images at
 fixed numbers of its steps, and the last measurement counts. ``real images`` distils from the

@@ -27,7 +27,11 @@ class Miniature:
 @pytest.fixture(autouse=True)
 def world(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    for name, shape in (("FashionMNIST", (28, ())), ("CIFAR10", (32, (3,)))):
+    for name, shape in (
+        ("MNIST", (28, ())),
+        ("FashionMNIST", (28, ())),
+        ("CIFAR10", (32, (3,))),
+    ):
         monkeypatch.setattr(
             getattr(vision, name), "dataset", type(name, (Miniature,), {"shape": shape})
         )

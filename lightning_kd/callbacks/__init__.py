@@ -1,6 +1,7 @@
 """Callbacks: schedules, report, export."""
 
 from lightning_kd.callbacks.export import ExportStudent
+from lightning_kd.callbacks.inversion_report import InversionReport
 from lightning_kd.callbacks.replay_buffer import ReplayBuffer
 from lightning_kd.callbacks.report import DistillationReport
 from lightning_kd.callbacks.schedulers import (
@@ -13,6 +14,7 @@ __all__ = [
     "AttributeScheduler",
     "DistillationReport",
     "ExportStudent",
+    "InversionReport",
     "LossWeightScheduler",
     "ReplayBuffer",
     "TemperatureScheduler",

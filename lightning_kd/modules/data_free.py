@@ -123,6 +123,8 @@ class DataFree(ManualSteps, OneStudent):
         self.crop_padding, self.flip, self.seed = crop_padding, flip, seed
         self.automatic_optimization = False
         self.memory: Remembers | None = None
+        #: images of the last round, shape (B, C, H, W); None before the first
+        self.latest: Tensor | None = None
         self.rounds = 0
         self._random = torch.Generator()
         self._statistics: InputStatistics | None = None
@@ -133,6 +135,7 @@ class DataFree(ManualSteps, OneStudent):
         """One round: invert, remember, distil."""
         self._begin_round()
         images, said = self.invert()
+        self.latest = images
         if self.memory is not None:
             self.remember(images)
         if self.rounds >= self.warm_up:
