@@ -305,3 +305,27 @@ def test_a_mistake_ends_in_one_sentence_and_a_fault_in_its_traceback(monkeypatch
     monkeypatch.setattr(cli, "main", fault)
     with pytest.raises(ValueError, match="elsewhere"):
         cli.run()
+
+
+def test_a_resumed_run_remembers_which_epoch_was_best(tmp_path):
+    """With a logger, whose folder is a new one in the second run."""
+    folder = tmp_path / "run"
+    args = [
+        "fit", "-c", "configs/digits/cohort.yaml", f"--trainer.default_root_dir={folder}",
+        "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--data.subset=256",
+    ]  # fmt: skip
+    main([*args, "--trainer.max_epochs=4"])
+    (best,) = (folder / "checkpoints").glob("best*.ckpt")
+    last = folder / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    for callback in saved["callbacks"].values():
+        if callback.get("monitor"):
+            callback["best_model_score"] = torch.tensor(2.0)  # better than anything can be
+            callback["best_k_models"] = {str(best): torch.tensor(2.0)}
+            callback["kth_value"] = torch.tensor(2.0)
+    torch.save(saved, last)
+    cli = main([*args, "--trainer.max_epochs=5", f"--ckpt_path={last}"])
+    keeper = cli.trainer.checkpoint_callback
+    assert Path(keeper.best_model_path) == best
+    assert float(keeper.best_model_score) == 2.0
+    assert len(list((folder / "lightning_logs").iterdir())) == 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
     drawn = False
     curves = [("val/accuracy", "student"), ("val/agreement", "agreement with ensemble")]
     curves += [
-        (f"val/peer_{index}/accuracy", f"peer {index}: {peer['name']}")
+        (f"val/peer_{index}/accuracy", f"peer {index}: {peer['name']}, {peer['parameters']:,}")
         for index, peer in enumerate(report.get("peers", []))
     ]
     for key, label in curves:
@@ -62,6 +63,12 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
                 color=f"C{index + 2}",
                 label=f"teacher {index}: {teacher['name']}",
             )
+    if "peers" in report:
+        pairs = [series(key) for key in logged if key.startswith("val/agreement_")]
+        means = [statistics.mean(values) for values in zip(*(y for _, y in pairs), strict=False)]
+        if means:
+            label = "two peers agree, on average"
+            accuracies.plot(pairs[0][0], [100 * v for v in means], color="C7", label=label)
     x, y = series("val/ensemble/accuracy")
     if y and "peers" in report:  # it learns, where an ensemble of teachers does not
         accuracies.plot(x, [100 * v for v in y], "k--", label="the cohort together")

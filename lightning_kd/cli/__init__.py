@@ -25,7 +25,7 @@ import lightning_kd.losses
 import lightning_kd.models
 import lightning_kd.weighting  # noqa: F401
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
-from lightning_kd.cli.fill import fill_in
+from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked, expand_indices
 from lightning_kd.modules import Distiller
@@ -85,6 +85,7 @@ class DistillationCLI(LightningCLI):
             )
         if config.get("data") is not None:
             fill_in(config.model, config.data)
+        keep_checkpoints_together(config.trainer)
         self.save_config_kwargs["overwrite"] = bool(config.get("overwrite"))
 
     def before_fit(self) -> None:
@@ -140,6 +141,8 @@ def quieten() -> None:
         r".*`tensorboardX` has been removed.*",
         # loaders of this package hold their data in memory and need no workers
         r".*is smaller than the logging interval.*",
+        # a run that is resumed finds its own
+        r".*Checkpoint directory .* exists and is not empty.*",
         r"Total length of `list` across ranks is zero.*",
         # we call it from Python on purpose
         r"LightningCLI's args parameter is intended.*",

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_kd.data import ImageData, Rounds
 
@@ -14,6 +16,21 @@ def import_path(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     found: Callable[..., Any] = getattr(__import__(module, fromlist=[name]), name)
     return found
+
+
+def keep_checkpoints_together(trainer: Namespace) -> None:
+    """Put checkpoints without a folder into that of the run.
+
+    Lightning's place for them changes when a run is resumed, and then the best one is forgotten.
+    """
+    root = trainer.get("default_root_dir")
+    if root is None:
+        return
+    for callback in trainer.get("callbacks") or []:
+        kind = import_path(callback["class_path"])
+        known = inspect.isclass(kind) and issubclass(kind, ModelCheckpoint)
+        if known and callback.get("init_args.dirpath") is None:
+            callback["init_args.dirpath"] = str(Path(root) / "checkpoints")
 
 
 def fill_in(model: Namespace, data: Namespace) -> None:

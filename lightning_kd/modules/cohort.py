@@ -91,13 +91,13 @@ class Cohort(ManualSteps):
                 what = "branches of one network"
             elif layers or self.exchange.layers():
                 what = f"layers {[*layers, *self.exchange.layers()]} of peers, which are not sent"
-            elif not any(p.requires_grad for p in self.peers.networks[index].parameters()):
-                what = f"peer {index} without a parameter to train"
             elif count != len(self.peers):
                 raise ValueError(
                     f"Expected one process for each of {len(self.peers)} peers, got {count}: set "
                     f"--trainer.devices {len(self.peers)}."
                 )
+            elif not any(p.requires_grad for p in self.peers.networks[index].parameters()):
+                what = f"peer {index} without a parameter to train"
             else:
                 what = ""
             if what:

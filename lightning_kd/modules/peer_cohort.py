@@ -102,6 +102,14 @@ class PeerCohort(Cohort):
             scheduler_interval,
             num_classes,
         )
+        for name, part, kind in (
+            ("exchange", exchange, Exchange),
+            ("losses", losses, list),
+            ("teacher_losses", teacher_losses, list),
+            ("teachers", teachers, list),
+        ):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"Expected {name} of type {kind.__name__}, got {part!r}.")
         self.peers = Peers(peers, batched)
         self.exchange = exchange or Mutual()
         if len(self.peers) < 2:
