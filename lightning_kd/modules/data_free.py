@@ -285,6 +285,7 @@ class DataFree(ManualSteps, OneStudent):
         super().prepare(x)
         (teacher,) = self._teachers()
         self._statistics = InputStatistics(teacher.network)
+        self.targets.attach(teacher.network)
         readers = [name for name, term in self._named() if term.reads_statistics]
         if readers and not self._statistics.layers:
             rank_zero_warn(

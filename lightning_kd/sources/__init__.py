@@ -5,15 +5,23 @@ from lightning_kd.sources.generator import Generator
 from lightning_kd.sources.meta_generator import MetaGenerator
 from lightning_kd.sources.noise import Noise
 from lightning_kd.sources.pixels import Pixels
-from lightning_kd.sources.targets import RandomLabels, Targets, TeacherLabels
+from lightning_kd.sources.targets import (
+    DirichletTargets,
+    RandomLabels,
+    SoftTransferTargets,
+    Targets,
+    TeacherLabels,
+)
 
 __all__ = [
+    "DirichletTargets",
     "Generator",
     "ImageSource",
     "MetaGenerator",
     "Noise",
     "Pixels",
     "RandomLabels",
+    "SoftTransferTargets",
     "Targets",
     "TeacherLabels",
 ]
