@@ -150,7 +150,7 @@ def run(arm: str, seed: int, capacity: int | None = None) -> dict:
         student, pretrained(TEACHER), temperature=4.0, round_images=IMAGES, source_steps=5,
         student_steps=STEPS, batch_size=BATCH, warm_up=WARM_UP,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=ROUNDS),
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=ROUNDS - WARM_UP),
         scheduler_interval="step", **options,
     )  # fmt: skip
     trainer = Trainer(

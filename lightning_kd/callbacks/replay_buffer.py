@@ -81,6 +81,8 @@ class ReplayBuffer(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DataFree)
         assert pl_module.num_classes is not None
+        if self.memory is not None and self._saved is None:
+            return  # a second fit goes on with what the first has made
         capacity = None if self.capacity is None else self.capacity // world_size()
         self.memory = Memory(
             capacity, self.sampler, self.evict, pl_module.num_classes, pl_module.device

@@ -288,10 +288,13 @@ class Distiller(LightningModule):
     def _raise_if_not_finite(self) -> None:
         broken = self._terms.broken()
         if broken:
+            clip = ""
+            if self.automatic_optimization:
+                clip = ", or clip gradients (--trainer.gradient_clip_val 1)"
             raise FloatingPointError(
                 f"Loss term {', '.join(broken)} became NaN or infinite in epoch "
                 f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
-                f"learning rate, or clip gradients (--trainer.gradient_clip_val 1)."
+                f"learning rate{clip}."
                 f"{last_checkpoint(self.trainer)}"
             )
 

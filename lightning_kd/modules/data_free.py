@@ -126,6 +126,7 @@ class DataFree(ManualSteps, OneStudent):
         #: images of the last round, shape (B, C, H, W); None before the first
         self.latest: Tensor | None = None
         self.rounds = 0
+        self._saved: dict[str, Any] | None = None
         self._random = torch.Generator()
         self._statistics: InputStatistics | None = None
 
@@ -140,8 +141,8 @@ class DataFree(ManualSteps, OneStudent):
             self.remember(images)
         if self.rounds >= self.warm_up:
             said |= self.distil(images)
+            self.advance_schedules()  # not in the warm-up, which would spend the first rates
         self.rounds += 1
-        self.advance_schedules()
         return self.note(said, self.samples_in(batch)) if said else None
 
     def invert(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,7 +197,7 @@ class DataFree(ManualSteps, OneStudent):
     def remember(self, images: Tensor) -> None:
         """Put images into the memory, with the teacher's answer and the student's distance."""
         assert self.memory is not None
-        kept = to_bytes(images).float().div_(255)  # as they will come back
+        kept = self.like_input(to_bytes(images).float().div_(255))  # as they will come back
         teacher, student = self.teachers[0](kept).logits, self.learn(kept).logits
         self.memory.extend(kept, teacher.float(), kl_divergence(student, teacher))
 
@@ -208,8 +209,9 @@ class DataFree(ManualSteps, OneStudent):
         sums: list[Tensor] = []
         for _ in range(self.student_steps):
             drawn = self._draw(images)
-            x = self.augment(drawn.images)
-            if drawn.logits is None or x is not drawn.images or self.losses:
+            kept = self.like_input(drawn.images)
+            x = self.augment(kept)
+            if drawn.logits is None or x is not kept or self.losses:
                 (teacher,) = self.teach(x, [0])
             else:
                 teacher = Knowledge(drawn.logits)
@@ -313,6 +315,16 @@ class DataFree(ManualSteps, OneStudent):
         super().on_fit_start()
         callbacks: list[Any] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.memory = next((c for c in callbacks if isinstance(c, Remembers)), None)
+        slow = type(self.source).draw is ImageSource.draw
+        if self.memory is None and not self.reuse and slow:
+            raise ValueError(
+                f"Expected the callback ReplayBuffer (or reuse=True) with "
+                f"{type(self.source).__name__}, which cannot draw images at once."
+            )
+        # of a checkpoint that was only loaded, nothing but the weights goes on
+        if self.trainer.ckpt_path is not None and self._saved is not None:
+            self.rounds, self.seed = self._saved["rounds"], self._saved["seed"]
+        self._saved = None
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
 
@@ -324,8 +336,7 @@ class DataFree(ManualSteps, OneStudent):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with them."""
         super().on_load_checkpoint(checkpoint)
-        self.rounds = checkpoint["data_free"]["rounds"]
-        self.seed = checkpoint["data_free"]["seed"]
+        self._saved = checkpoint["data_free"]
 
     def samples_in(self, batch: Any) -> int:
         """Images that the student learns from in one round."""

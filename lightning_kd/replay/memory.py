@@ -64,10 +64,10 @@ class Memory:
     ) -> None:
         self.capacity, self.sampler, self.evict = capacity, sampler, evict
         self.size = self.position = 0
-        self.counts = torch.zeros(num_classes, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.float32, device=device)
         self.images = torch.empty(0, dtype=torch.uint8, device=device)
-        self.logits = torch.empty(0, device=device)
-        self.priorities = torch.empty(0, device=device)
+        self.logits = torch.empty(0, dtype=torch.float32, device=device)
+        self.priorities = torch.empty(0, dtype=torch.float32, device=device)
 
     def __len__(self) -> int:
         return self.size
@@ -100,7 +100,9 @@ class Memory:
         kept = logits.to(self.logits.dtype)  # rounded, it may see another class
         self.logits[places] = kept
         self.priorities[places] = priorities.to(self.priorities.dtype)
-        self.counts.index_add_(0, kept.argmax(1), torch.ones(count, device=device))
+        self.counts.index_add_(
+            0, kept.argmax(1), torch.ones(count, device=device, dtype=self.counts.dtype)
+        )
         self.size += free
 
     def sample(self, count: int, random: torch.Generator) -> Drawn:
@@ -153,7 +155,9 @@ class Memory:
         self.logits[: self.size] = logits.to(device)
         self.priorities[: self.size] = priorities.to(device)
         classes = self.logits[: self.size].argmax(1)
-        self.counts.index_add_(0, classes, torch.ones(self.size, device=device))
+        self.counts.index_add_(
+            0, classes, torch.ones(self.size, device=device, dtype=self.counts.dtype)
+        )
 
     # ------------------------------------------------------------------ parts
 

@@ -124,7 +124,7 @@ class DirichletTargets(Targets):
         alike = (alike - low) / (high - low).clamp(min=1e-12)
         # the distribution takes no generator
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.initial_seed())
+            torch.default_generator.manual_seed(random.initial_seed())  # not those of GPUs
             classes = torch.randint(num_classes, (count,))
             scales = torch.tensor(self.scales)[torch.randint(len(self.scales), (count, 1))]
             drawn = torch.distributions.Dirichlet(scales * alike[classes] + 1e-4).sample()

@@ -235,8 +235,57 @@ def test_memory_smaller_than_a_round_is_told(build, make_trainer):
 
 
 def test_pixels_without_a_memory_are_told(build, make_trainer):
-    with pytest.raises(NotImplementedError, match="ReplayBuffer"):
-        make_trainer().fit(build("pixels", warm_up=0), datamodule=rounds())
+    with pytest.raises(ValueError, match="ReplayBuffer"):
+        make_trainer().fit(build("pixels", warm_up=9), datamodule=rounds())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_true_precisions(build, make_trainer, precision):
+    module = build()
+    trainer = make_trainer(max_epochs=1, precision=precision, callbacks=[memory()])
+    trainer.fit(module, datamodule=rounds())
+    assert torch.isfinite(trainer.callback_metrics["train/distil"])
+
+
+def test_the_warm_up_leaves_the_learning_rate_alone(build, make_trainer):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = build(
+        warm_up=2, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1),
+        scheduler_interval="step",
+    )  # fmt: skip
+    make_trainer(max_epochs=1, callbacks=[memory(), Look()]).fit(module, datamodule=rounds())
+    assert seen == pytest.approx([0.05, 0.05, 0.005, 0.0005])
+
+
+def test_a_second_fit_goes_on_with_the_memory_and_a_loaded_seed_does_not_win(
+    build, make_trainer, tmp_path
+):
+    module, buffer = build(), memory()
+    trainer = make_trainer(max_epochs=1, callbacks=[buffer])
+    trainer.fit(module, datamodule=rounds())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert len(buffer.memory) == 40
+    kept = buffer.memory.images.clone()
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args):
+            seen.append(buffer.memory.images.clone())
+
+    again = make_trainer(max_epochs=1, callbacks=[buffer, Look()])
+    again.fit(module, datamodule=rounds())
+    assert torch.equal(seen[0], kept)
+    loaded = build(seed=3)
+    loaded.seed = 99
+    loaded.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(loaded, datamodule=rounds())
+    assert loaded.seed == 99
+    assert loaded.rounds == 4
 
 
 def test_replay_buffer_elsewhere_is_refused(make_module, make_trainer, digits):
