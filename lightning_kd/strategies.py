@@ -127,6 +127,7 @@ class PeerPerProcess(DDPStrategy):
         mine = torch.stack(seen)
         everyone = torch.stack(gather_over_ranks(mine))
         if not torch.allclose(everyone, mine.expand_as(everyone), rtol=1e-6, atol=0):
+            self.barrier()  # all come here, and nobody is to end before the others know why
             raise ValueError(
                 "Expected all processes to see the same batch, got different ones: shuffle and "
                 "augment from a seed that is the same everywhere, as lightning_kd.data does "
