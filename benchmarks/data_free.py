@@ -1,34 +1,38 @@
 """How much does a student learn without data, and which part of SSD-KD does it?
 
     lightning-kd fit -c configs/mnist/teacher.yaml
-    python benchmarks/data_free.py run --seeds 0 1 2
+    python benchmarks/data_free.py run --seeds 0 1 2 3 4
+    python benchmarks/data_free.py frozen --seeds 0 1 2 3 4 5 6 7 8 9
     python benchmarks/data_free.py table
     python benchmarks/data_free.py plot
 
-Setting: MNIST; the teacher is a ResNet-8 of width 16 (75,002 parameters), the student one of width
-8 (19,074). Every arm takes the same number of student steps of the same batch, and every arm that
-inverts images the same number of generator steps; the student is measured on the test images at
-fixed numbers of its steps, and the last measurement counts. ``real images`` distils from the
-training images and is the ceiling. A seed sets all weights but the teacher's, and all draws.
-``run`` appends one line a run to benchmarks/results/data_free.jsonl and skips those there.
+Two settings: ``--setting mnist`` (teacher ResNet-8 of width 16, student of width 8) and
+``--setting cifar10 --teacher FILE`` (the file's ResNet-20 teaches a ResNet-14 of width 8). Every
+arm takes the same number of student steps of the same batch, and every arm that inverts images the
+same number of generator steps, but for the larger data scales, which need more images to fill the
+memory; the student is measured on the test images at fixed numbers of its steps, and the last
+measurement counts. ``real images`` distils from the training images and is the ceiling. A seed sets
+all weights but the teacher's, and all draws. ``frozen`` runs SSD-KD once a seed, keeps its images,
+and then trains students that differ in the draws alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import time
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
+from torch import nn
 
 from lightning_kd import DataFree
-from lightning_kd.callbacks import ReplayBuffer
-from lightning_kd.data import MNIST, Rounds
+from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
+from lightning_kd.data import CIFAR10, MNIST, Rounds
 from lightning_kd.inversion import (
     Activation,
     Adversarial,
@@ -36,14 +40,60 @@ from lightning_kd.inversion import (
     ClassBalance,
     OneHot,
 )
-from lightning_kd.models import ImageGenerator, pretrained, resnet8
+from lightning_kd.models import ImageGenerator, pretrained, resnet8, resnet14, resnet20
 from lightning_kd.replay import Prioritized, Uniform
 from lightning_kd.sources import Generator, ImageSource, MetaGenerator, Noise, TeacherLabels
+from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/data_free.jsonl")
-TEACHER = "runs/mnist/teacher/student.safetensors"
-ROUNDS, WARM_UP, STEPS, IMAGES, BATCH = 46, 6, 25, 128, 64
-SCALE = 1000  # images remembered, where the memory is a ring
+FROZEN = Path("benchmarks/results/data_free_frozen.jsonl")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of networks and the budget of a run."""
+
+    data: type
+    student: Callable[[], nn.Module]
+    generator: Callable[[], nn.Module]
+    rounds: int
+    warm_up: int
+    source_steps: int
+    student_steps: int
+    images: int
+    batch: int
+    scale: int
+    every: int  # rounds between two measurements
+    batch_norm: float
+    temperature: float = 4.0
+    rate: float = 0.1
+    views: int | None = None  # each image and its mirror image
+
+    def teacher(self, file: str | None) -> nn.Module:
+        """The teacher that ``file`` holds."""
+        if self.data is MNIST:
+            return pretrained(file or "runs/mnist/teacher/student.safetensors")
+        return pretrained(file or "teachers/cifar10_resnet20.safetensors", resnet20())
+
+
+SETTINGS = {
+    "mnist": Setting(
+        MNIST,
+        lambda: resnet8(num_classes=10, in_channels=1, width=8, stem_stride=2),
+        lambda: ImageGenerator((1, 28, 28), latent=64, width=16),
+        rounds=46, warm_up=6, source_steps=5, student_steps=25, images=128, batch=64, scale=1000,
+        every=10, batch_norm=1.0,
+    ),
+    "cifar10": Setting(
+        CIFAR10,
+        lambda: resnet14(num_classes=10, width=8),
+        lambda: ImageGenerator((3, 32, 32), latent=128, width=16),
+        rounds=110, warm_up=10, source_steps=5, student_steps=25, images=64, batch=64, scale=2500,
+        every=25, batch_norm=1.0, views=2,
+    ),
+}  # fmt: skip
+SCALES = (0.01, 0.05, 0.10, 0.25)  # of the real training images
+BATCH_NORM = (0.0, 0.2, 5.0)
 
 
 class Real(ImageSource):
@@ -67,65 +117,79 @@ class Real(ImageSource):
         return images[torch.randint(len(images), (count,), generator=random)].float().div_(255)
 
 
-def generator() -> ImageGenerator:
-    return ImageGenerator((1, 28, 28), latent=64, width=16)
+def terms(setting: Setting, modulate: bool, batch_norm: float | None = None) -> list:
+    weight = setting.batch_norm if batch_norm is None else batch_norm
+    wishes = [OneHot(0.5, modulate=modulate), Adversarial(1.0, masked=True)]
+    return [BatchNormStatistics(weight), *wishes] if weight else wishes
 
 
-def terms(modulate: bool) -> list:
-    return [
-        BatchNormStatistics(1.0),
-        OneHot(0.5, modulate=modulate),
-        Adversarial(1.0, masked=True),
-    ]
-
-
-def inverted(sampler, capacity: int | None = SCALE, modulate: bool = False):
-    def make(data):
-        options = {"source": MetaGenerator(generator()), "terms": terms(modulate)}
-        return options, [ReplayBuffer(capacity, sampler())]
+def inverted(sampler, keep_all: bool = False, modulate: bool = False, batch_norm=None):
+    def make(setting, scale):
+        options = {
+            "source": MetaGenerator(setting.generator()),
+            "terms": terms(setting, modulate, batch_norm),
+            "round_images": max(setting.images, -(-scale // (setting.rounds - setting.warm_up))),
+        }
+        kept = None if keep_all else scale * (setting.views or 1)
+        return options, [ReplayBuffer(kept, sampler())]
 
     return make
 
 
-def dafl(data):
+def dafl(setting, scale):
     wishes = [OneHot(1.0), ClassBalance(5.0), Activation("layer3", 0.1)]
-    return {"source": Generator(generator()), "terms": wishes, "targets": TeacherLabels()}, []
+    source = Generator(setting.generator(), learning_rate=3e-2)
+    return {"source": source, "terms": wishes, "targets": TeacherLabels()}, []
 
 
-def real(data):
+def noise(setting, scale):
+    return {"source": Noise(), "terms": []}, [ReplayBuffer(scale, Uniform())]
+
+
+def real(setting, scale):
+    data = setting.data(val_split=0.0)
     data.setup("fit")
     return {"source": Real(data._train[0]), "terms": []}, []
 
 
-ARMS = {
-    "noise": lambda data: ({"source": Noise(), "terms": []}, [ReplayBuffer(SCALE, Uniform())]),
+ARMS: dict[str, Callable] = {
+    "noise": noise,
     "DAFL, no memory": dafl,
-    "Fast: all kept, uniform": inverted(Uniform, None),
+    "Fast: all kept, uniform": inverted(Uniform, keep_all=True),
     "ring, uniform": inverted(Uniform),
     "ring, priority": inverted(Prioritized),
     "ring, priority, phi (SSD-KD)": inverted(Prioritized, modulate=True),
     "real images": real,
 }
+FULL, BASE = "ring, priority, phi (SSD-KD)", "ring, uniform"
+SWEEP = {
+    f"SSD-KD, BatchNorm weight {weight:g}": inverted(Prioritized, modulate=True, batch_norm=weight)
+    for weight in BATCH_NORM
+}
+EVERY = {**ARMS, **SWEEP}
 
 
 class Curve(Callback):
-    """Test accuracy, seconds and student steps, every so many rounds; measuring is not counted."""
+    """Student steps, seconds of the processor and test accuracy, every so many rounds.
 
-    def __init__(self, data: MNIST, every: int = 10) -> None:
+    Measuring is not counted.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        data = setting.data()
         data.setup("test")
-        images, labels = data._test
-        self.images, self.labels, self.every = images, labels, every
+        (self.images, self.labels), self.setting = data._test, setting
         self.rows: list[list[float]] = []
         self.measuring = 0.0
 
     def on_train_start(self, trainer, module):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        learned = module.rounds - WARM_UP
-        if learned <= 0 or learned % self.every:
+        learned = module.rounds - self.setting.warm_up
+        if learned <= 0 or learned % self.setting.every:
             return
-        begun = time.perf_counter()
+        begun = time.process_time()
         module.student.eval()
         with torch.no_grad():
             right = [
@@ -133,65 +197,149 @@ class Curve(Callback):
                 for x, y in zip(self.images.split(500), self.labels.split(500), strict=True)
             ]
         seconds = begun - self.start - self.measuring
-        self.rows.append([learned * STEPS, round(seconds, 1), sum(right) / len(self.labels)])
-        self.measuring += time.perf_counter() - begun
+        steps = learned * module.student_steps
+        self.rows.append([steps, round(seconds, 1), sum(right) / len(self.labels)])
+        self.measuring += time.process_time() - begun
 
 
-def run(arm: str, seed: int, capacity: int | None = None) -> dict:
-    """Train and test one student."""
-    seed_everything(seed, verbose=False)
-    data = MNIST(batch_size=BATCH)
-    student = resnet8(num_classes=10, in_channels=1, width=8, stem_stride=2)
-    options, callbacks = ARMS[arm](data)
-    if capacity is not None:
-        callbacks = [ReplayBuffer(capacity, callbacks[0].sampler)]
-    curve = Curve(data)
+def fit(setting: Setting, teacher: nn.Module, parts: dict, callbacks: list[Callback], **more: Any):
+    """Train one student; what its ``Curve`` saw."""
+    curve, learned = Curve(setting), setting.rounds - setting.warm_up
+    options = {
+        "round_images": setting.images, "source_steps": setting.source_steps,
+        "student_steps": setting.student_steps, "batch_size": setting.batch,
+        "warm_up": setting.warm_up, "temperature": setting.temperature,
+        "flip": setting.views is not None, "views": setting.views if callbacks else None,
+        **parts, **more,
+    }  # fmt: skip
     module = DataFree(
-        student, pretrained(TEACHER), temperature=4.0, round_images=IMAGES, source_steps=5,
-        student_steps=STEPS, batch_size=BATCH, warm_up=WARM_UP,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=ROUNDS - WARM_UP),
+        setting.student(), teacher,
+        optimizer=lambda p: torch.optim.SGD(p, setting.rate, momentum=0.9, weight_decay=5e-4),
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=learned),
         scheduler_interval="step", **options,
     )  # fmt: skip
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, curve],
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Rounds(ROUNDS, num_classes=10, image_shape=(1, 28, 28)))
-    scale = callbacks[0].capacity if callbacks else None
-    return {"arm": arm, "seed": seed, "scale": scale, "curve": curve.rows}
+    rounds = Rounds(setting.rounds, num_classes=10, image_shape=setting.data.image_shape)
+    faster = [ChannelsLast()] if setting.data is CIFAR10 else []
+    bare_trainer([*callbacks, curve, *faster], max_epochs=1).fit(module, datamodule=rounds)
+    return curve.rows
 
 
-def rows() -> list[dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [json.loads(line) for line in lines]
+def run(name: str, arm: str, scale: int, seed: int, file: str | None) -> dict:
+    """Train and test one student."""
+    seed_everything(seed, verbose=False)
+    setting = SETTINGS[name]
+    parts, callbacks = EVERY[arm](setting, scale)
+    curve = fit(setting, setting.teacher(file), parts, callbacks)
+    return {"setting": name, "arm": arm, "scale": scale, "seed": seed, "curve": curve}
 
 
-def spread(values: list[float]) -> str:
-    error = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {error:.2f} (n={len(values)})"
+# ------------------------------------------------------------------ frozen images
+
+DRAWS = {
+    "uniform": Uniform(),
+    "priority (1, 0.4)": Prioritized(),
+    "priority (0.6, 0.4), weights over max": Prioritized(alpha=0.6, normalize="max"),
+    "priority (0.6, 1)": Prioritized(alpha=0.6, beta=1.0),
+}
+KEPT, STEPS = (500, 2000), (400, 1600)
 
 
-def table() -> str:
+class Frozen(ReplayBuffer):
+    """A memory that takes nothing in."""
+
+    def extend(self, images, logits, priorities):
+        pass
+
+
+def frozen(name: str, seed: int, file: str | None) -> list[dict]:
+    """Make images once, then train a student on them by each way to draw."""
+    seed_everything(seed, verbose=False)
+    setting = SETTINGS[name]
+    teacher, found = setting.teacher(file), []
+    for kept in KEPT:
+        parts, (memory,) = EVERY[FULL](setting, kept)
+        fit(setting, teacher, parts, [memory])
+        state = memory.state_dict()
+        # nobody has learned from them yet
+        state["priorities"] = torch.ones_like(state["priorities"])
+        for steps in STEPS:
+            for draws, sampler in DRAWS.items():
+                seed_everything(1000 + seed, verbose=False)
+                pool = Frozen(kept, sampler)
+                pool.load_state_dict(state)
+                short = Setting(**{**vars(setting), "rounds": 4, "warm_up": 0, "every": 4})
+                curve = fit(
+                    short, teacher, {"source": Noise(), "terms": []}, [pool], round_images=1,
+                    student_steps=steps // 4, flip=False, views=None,
+                )  # fmt: skip
+                row = {"setting": name, "kept": kept, "steps": steps, "draws": draws}
+                found.append({**row, "seed": seed, "accuracy": curve[-1][2]})
+    return found
+
+
+# ------------------------------------------------------------------ tables
+
+
+def runs_of(name: str, arm: str, scale: int) -> dict[int, list]:
+    """Curves by seed."""
+    return {
+        r["seed"]: r["curve"]
+        for r in read(RESULTS)
+        if (r["setting"], r["arm"], r["scale"]) == (name, arm, scale)
+    }
+
+
+def table(name: str) -> str:
     """Test accuracy at fixed numbers of student steps, and the seconds of the whole run."""
-    found = rows()
-    points = [row[0] for row in found[0]["curve"]]
+    setting = SETTINGS[name]
+    last = (setting.rounds - setting.warm_up) * setting.student_steps
+    points = range(setting.every * setting.student_steps, last + 1,
+                   setting.every * setting.student_steps)  # fmt: skip
     lines = [
-        "| arm | images kept | " + " | ".join(f"{p} steps, %" for p in points) + " | seconds |",
-        "|---|---|" + "---|" * (len(points) + 1),
+        "| arm | images kept | "
+        + " | ".join(f"{p} steps, %" for p in points)
+        + " | over ring, uniform | seconds |",
+        "|---|---|" + "---|" * (len(points) + 2),
     ]
-    for arm in ARMS:
-        scales = sorted({r["scale"] or 0 for r in found if r["arm"] == arm})
-        for scale in scales:
-            runs = [r["curve"] for r in found if r["arm"] == arm and (r["scale"] or 0) == scale]
-            cells = [spread([100 * c[k][2] for c in runs]) for k in range(len(points))]
-            seconds = statistics.mean(c[-1][1] for c in runs)
-            kept = scale or ("all" if "Fast" in arm else "-")
-            lines.append(f"| {arm} | {kept} | {' | '.join(cells)} | {seconds:.0f} |")
+    total = {MNIST: 60_000, CIFAR10: 50_000}[setting.data]
+    scales = {setting.scale, *(round(share * total) for share in SCALES)}
+    for scale in [setting.scale, *sorted(scales - {setting.scale})]:
+        base = {s: 100 * c[-1][2] for s, c in runs_of(name, BASE, scale).items()}
+        for arm in EVERY:
+            curves = runs_of(name, arm, scale)
+            if not curves:
+                continue
+            cells = [spread([100 * c[k][2] for c in curves.values()]) for k, _ in enumerate(points)]
+            over = gain({s: 100 * c[-1][2] for s, c in curves.items()}, base) if arm != BASE else ""
+            seconds = statistics.mean(c[-1][1] for c in curves.values())
+            kept = "all" if "Fast" in arm else scale if "ring" in arm or "SSD" in arm else "-"
+            lines.append(f"| {arm} | {kept} | {' | '.join(cells)} | {over} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-def plot() -> None:
+def frozen_table(name: str) -> str:
+    """Test accuracy by draws from the same images, and what is gained over uniform draws."""
+    found = [r for r in read(FROZEN) if r["setting"] == name]
+    lines = ["| images | steps | draws | test accuracy % | over uniform |", "|---|---|---|---|---|"]
+    for kept in KEPT:
+        for steps in STEPS:
+            by_draws = {
+                draws: {
+                    r["seed"]: 100 * r["accuracy"]
+                    for r in found
+                    if (r["kept"], r["steps"], r["draws"]) == (kept, steps, draws)
+                }
+                for draws in DRAWS
+            }
+            for draws, values in by_draws.items():
+                if values:
+                    over = "" if draws == "uniform" else gain(values, by_draws["uniform"])
+                    accuracy = spread(list(values.values()))
+                    lines.append(f"| {kept} | {steps} | {draws} | {accuracy} | {over} |")
+    return "\n".join(lines)
+
+
+def plot(name: str) -> None:
     """Draw test accuracy over seconds."""
     import matplotlib
 
@@ -200,40 +348,54 @@ def plot() -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
     for index, arm in enumerate(ARMS):
-        runs = [r["curve"] for r in rows() if r["arm"] == arm and r["scale"] in (None, SCALE)]
-        if not runs:
+        curves = list(runs_of(name, arm, SETTINGS[name].scale).values())
+        if not curves:
             continue
-        seconds = [statistics.mean(c[k][1] for c in runs) for k in range(len(runs[0]))]
-        means = [100 * statistics.mean(c[k][2] for c in runs) for k in range(len(runs[0]))]
+        seconds = [statistics.mean(c[k][1] for c in curves) for k in range(len(curves[0]))]
+        means = [100 * statistics.mean(c[k][2] for c in curves) for k in range(len(curves[0]))]
         axes.plot(seconds, means, marker="o", markersize=3, color=f"C{index}", label=arm)
-    axes.set(xlabel="seconds of training (one core)", ylabel="test accuracy, %", ylim=(0, 100))
+    axes.set(xlabel="seconds of one core", ylabel="test accuracy, %", ylim=(0, 100))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    figure.savefig(RESULTS.with_name(f"data_free_{name}.png"), dpi=120)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "table", "plot"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["run", "frozen", "table", "plot"])
+    parser.add_argument("--setting", default="mnist", choices=list(SETTINGS))
+    parser.add_argument("--teacher", help="file of the teacher's weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--scale", type=int, help="images kept, where the memory is a ring")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(EVERY))
+    parser.add_argument("--scales", type=float, nargs="+", help="shares of the training images")
+    add_part(parser)
     options = parser.parse_args()
+    quiet()
+    setting = SETTINGS[options.setting]
     if options.what == "run":
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        torch.set_num_threads(1)
-        jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
-        for arm, seed in jobs[options.part[0] :: options.part[1]]:
-            done = {(r["arm"], r["seed"]) for r in rows() if options.scale in (None, r["scale"])}
-            if (arm, seed) in done:
-                continue
-            result = run(arm, seed, options.scale)
-            print(result, flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        total = {MNIST: 60_000, CIFAR10: 50_000}[setting.data]
+        scales = [round(s * total) for s in options.scales or ()] or [setting.scale]
+        jobs = [
+            (options.setting, arm, scale, seed)
+            for seed in options.seeds
+            for scale in scales
+            for arm in options.arms
+        ]
+        run_missing(
+            RESULTS, ("setting", "arm", "scale", "seed"), jobs,
+            lambda *job: run(*job, options.teacher), options.part,
+        )  # fmt: skip
+    elif options.what == "frozen":
+        seeds = [(options.setting, seed) for seed in options.seeds]
+        run_missing(
+            FROZEN, ("setting", "seed"), seeds, lambda *job: frozen(*job, options.teacher),
+            options.part,
+        )  # fmt: skip
     if options.what == "plot":
-        plot()
+        plot(options.setting)
     else:
-        print(table())
+        print(table(options.setting))
+        print("\nFrozen images:\n")
+        print(frozen_table(options.setting))

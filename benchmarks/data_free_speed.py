@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 from lightning_kd import DataFree
-from lightning_kd.callbacks import ReplayBuffer
+from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import Rounds
 from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
 from lightning_kd.models import ImageGenerator, wide_resnet
@@ -134,7 +134,7 @@ def ours(rounds: int, cached: bool = True) -> float:
         buffer.sample = forgetful
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[buffer, clock],
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[buffer, clock, ChannelsLast()],
     )  # fmt: skip
     trainer.fit(module, datamodule=Rounds(rounds + 1, num_classes=10, image_shape=(3, 32, 32)))
     return clock.seconds / rounds

@@ -487,3 +487,16 @@ class AdamOfOne:
         second = self.second / (1 - b**self.steps)
         with torch.no_grad():
             values -= self.rate * first / (second.sqrt() + self.epsilon)
+
+
+def info_nce(anchors, others, temperature):
+    """Oord et al. 2018, equation 4, with cosines (CMI, equation 7): one number for each anchor."""
+
+    def cosine(a, b):
+        return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+
+    values = []
+    for i, anchor in enumerate(anchors):
+        scores = [(cosine(anchor, other) / temperature).exp() for other in others]
+        values.append(-(scores[i] / sum(scores)).log())
+    return torch.stack(values)

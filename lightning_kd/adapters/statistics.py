@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.functional.data_free import channel_statistics
+
 
 class InputStatistics:
     """Measures what a network's BatchNorm layers are given, while asked to and at no other time.
@@ -37,13 +39,29 @@ class InputStatistics:
             for handle in handles:
                 handle.remove()
 
+    @contextlib.contextmanager
+    def described(self) -> Iterator[list[Tensor]]:
+        """Inside, one forward pass fills the list with what each layer is given, image by image.
+
+        Means over all but samples and channels, in float32 at least, each (B, C).
+        """
+        found: list[Tensor] = []
+
+        def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            values: Tensor = inputs[0]
+            wide = values if values.dtype == torch.float64 else values.float()
+            found.append(wide.flatten(2).mean(2) if wide.dim() > 2 else wide)
+
+        handles = [layer.register_forward_pre_hook(note) for layer in self.layers]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        values: Tensor = inputs[0]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        with torch.autocast(values.device.type, enabled=False):
-            values = values if values.dtype == torch.float64 else values.float()
-            dims = [d for d in range(values.dim()) if d != 1]
-            variance, mean = torch.var_mean(values, dims, correction=0)
+        mean, variance = channel_statistics(inputs[0])
         self._found.append((mean, variance, layer.running_mean, layer.running_var))

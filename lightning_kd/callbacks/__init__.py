@@ -1,5 +1,6 @@
 """Callbacks: schedules, report, export."""
 
+from lightning_kd.callbacks.channels_last import ChannelsLast
 from lightning_kd.callbacks.export import ExportStudent
 from lightning_kd.callbacks.inversion_report import InversionReport
 from lightning_kd.callbacks.replay_buffer import ReplayBuffer
@@ -12,6 +13,7 @@ from lightning_kd.callbacks.schedulers import (
 
 __all__ = [
     "AttributeScheduler",
+    "ChannelsLast",
     "DistillationReport",
     "ExportStudent",
     "InversionReport",

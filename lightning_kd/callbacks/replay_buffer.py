@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_kd.functional import kl_divergence
 from lightning_kd.modules import DataFree
 from lightning_kd.ranks import gather_objects, sum_over_ranks, world_size
 from lightning_kd.replay import Drawn, Memory, Sampler, Uniform
@@ -26,6 +27,8 @@ class ReplayBuffer(Callback):
             that were ever made.
         sampler: How the student's batches are drawn; ``null``: ``Uniform``.
         evict: Who goes when it is full: ``"oldest"`` or ``"lowest_priority"``.
+        refresh: Before each round ask the student about every image and renew all priorities; else
+            an image's priority is renewed when it is drawn.
 
     Raises:
         ValueError: If ``capacity`` is not positive or ``evict`` is neither.
@@ -40,12 +43,14 @@ class ReplayBuffer(Callback):
         capacity: int | None = 5000,
         sampler: Sampler | None = None,
         evict: Literal["oldest", "lowest_priority"] = "oldest",
+        refresh: bool = False,
     ) -> None:
         if capacity is not None and capacity < 1:
             raise ValueError(f"Expected capacity >= 1 or null, got {capacity}.")
         if evict not in ("oldest", "lowest_priority"):
             raise ValueError(f'Expected evict "oldest" or "lowest_priority", got {evict!r}.')
         self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict
+        self.refresh = refresh
         self.memory: Memory | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -90,14 +95,33 @@ class ReplayBuffer(Callback):
         if self._saved is None:
             return
         sizes, rank = self._saved["sizes"], trainer.global_rank
+        places = torch.split(torch.arange(sum(sizes)), sizes)
+        positions = self._saved["positions"]
         if len(sizes) == world_size():  # as it was
-            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-            position = self._saved["positions"][rank]
-        else:
-            mine, position = slice(rank, None, world_size()), 0
+            mine, position = places[rank], positions[rank]
+        else:  # the oldest of all processes first, dealt out in turn
+            aged = [p.roll(-k) for p, k in zip(places, positions, strict=True)]
+            age = torch.cat([torch.arange(size) for size in sizes])
+            order = torch.cat(aged)[age.argsort(stable=True)]
+            mine, position = order[rank :: world_size()], 0
         rows = {name: self._saved[name][mine] for name in ROWS}
         self.memory.load_state_dict({**rows, "position": position})
         self._saved = None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.refresh:
+            return
+        assert isinstance(pl_module, DataFree)
+        pl_module.student.eval()
+
+        def distance(images: Tensor, logits: Tensor) -> Tensor:
+            return kl_divergence(pl_module.learn(pl_module.like_input(images)).logits, logits)
+
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            self._here.renew(distance, pl_module.batch_size)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -111,3 +111,10 @@ def mean_of(members: Sequence[Knowledge], space: str, indices: Sequence[int] = (
     count = len(members)
     weights = torch.full((count,), 1 / count, device=members[0].logits.device)
     return Ensemble(members, weights, space, indices)
+
+
+def all_others(said: Sequence[Knowledge], space: str) -> list[Ensemble]:
+    """For each peer the mean of what all others said, equally."""
+    everyone = range(len(said))
+    others = [[j for j in everyone if j != k] for k in everyone]
+    return [mean_of([said[j] for j in rest], space, rest) for rest in others]

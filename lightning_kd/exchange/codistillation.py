@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import mean_of
+from lightning_kd.exchange.base import all_others
 from lightning_kd.exchange.shadow import Shadowed
 from lightning_kd.functional.checks import check_space
 from lightning_kd.knowledge import Ensemble, Knowledge
@@ -47,17 +47,7 @@ class Codistillation(Shadowed):
         self, peers: Sequence[Knowledge], target: Tensor | None
     ) -> Sequence[Ensemble | None]:
         """Snapshots of all others, equally; nobody during the burn-in."""
-        if not self._said:
-            return [None] * len(peers)
-        everyone = range(len(peers))
-        return [
-            mean_of(
-                [self._said[j] for j in everyone if j != k],
-                self.space,
-                [j for j in everyone if j != k],
-            )
-            for k in everyone
-        ]
+        return all_others(self._said, self.space) if self._said else [None] * len(peers)
 
     def after_step(self, peers: nn.Module) -> None:
         """Count the step, and renew the snapshots when it is time."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.exchange.base import Exchange, all_others, detached
 from lightning_kd.functional.checks import check_space
 from lightning_kd.knowledge import Ensemble, Knowledge
 
@@ -32,14 +32,7 @@ class Mutual(Exchange):
 
     def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
         """All others, equally."""
-        said = detached(peers)
-        everyone = range(len(peers))
-        return [
-            mean_of(
-                [said[j] for j in everyone if j != k], self.space, [j for j in everyone if j != k]
-            )
-            for k in everyone
-        ]
+        return all_others(detached(peers), self.space)
 
 
 class LeaveOneOut(Mutual):

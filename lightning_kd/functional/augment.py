@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,3 +33,30 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Te
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     # advanced indices around a slice put the channels last: (B, H, W, C)
     return images[batch, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+
+
+def resized_crop(images: Tensor, draws: Tensor, smallest: float) -> Tensor:
+    """Random crop of each image, of an area from ``smallest`` to 1, resized to the whole; flipped.
+
+    Bilinear, differentiable, without a loop over images and on whatever device they are on.
+
+    Args:
+        images: Shape (B, C, H, W).
+        draws: Uniform in [0, 1), shape (B, 5): area, aspect ratio (3 / 4 to 4 / 3), row, column,
+            flip.
+        smallest: Area of the smallest crop, as a share of the image, in (0, 1].
+
+    Returns:
+        Images of the same shape.
+    """
+    area, aspect, row, column, flip = draws.to(images.dtype).unbind(1)
+    area = smallest + (1 - smallest) * area
+    stretch = (math.log(4 / 3) * (2 * aspect - 1) / 2).exp()
+    height, width = (area.sqrt() / stretch).clamp(max=1), (area.sqrt() * stretch).clamp(max=1)
+    zero = torch.zeros_like(area)
+    mirror = torch.where(flip < 0.5, -1.0, 1.0).to(width)
+    # where the corners -1 and 1 of the output come from
+    across = torch.stack([width * mirror, zero, (2 * column - 1) * (1 - width)], 1)
+    down = torch.stack([zero, height, (2 * row - 1) * (1 - height)], 1)
+    grid = F.affine_grid(torch.stack([across, down], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

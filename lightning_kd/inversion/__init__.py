@@ -5,6 +5,7 @@ from lightning_kd.inversion.adversarial import Adversarial
 from lightning_kd.inversion.base import InversionTerm, Inverted
 from lightning_kd.inversion.batch_norm import BatchNormStatistics
 from lightning_kd.inversion.class_balance import ClassBalance
+from lightning_kd.inversion.contrastive import Contrastive
 from lightning_kd.inversion.one_hot import OneHot
 from lightning_kd.inversion.total_variation import TotalVariation
 
@@ -13,6 +14,7 @@ __all__ = [
     "Adversarial",
     "BatchNormStatistics",
     "ClassBalance",
+    "Contrastive",
     "InversionTerm",
     "Inverted",
     "OneHot",

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.knowledge import Knowledge
+from lightning_kd.losses.base import numbered, snake_case
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def _nobody(images: Tensor) -> Tensor:
+    raise RuntimeError("Expected a term with reads_descriptions = True to describe images.")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,10 @@ class Inverted:
         statistics: Of each BatchNorm layer of the teacher: mean and variance of its input, and
             those it remembers, each of shape (C,); empty unless somebody reads them.
         class_share: Share of each class in the memory, shape (K,); None without a memory.
+        description: What each BatchNorm layer of the teacher is given, averaged over each image,
+            shape (B, D), D all their channels; None unless somebody reads it.
+        describe: The same of other images (B, C, H, W), by asking the teacher.
+        random: Of this round.
     """
 
     images: Tensor
@@ -32,6 +41,9 @@ class Inverted:
     student: Knowledge | None
     statistics: Statistics
     class_share: Tensor | None
+    description: Tensor | None = None
+    describe: Callable[[Tensor], Tensor] = field(default=_nobody)
+    random: torch.Generator | None = None
 
 
 class InversionTerm(nn.Module, ABC):
@@ -45,6 +57,10 @@ class InversionTerm(nn.Module, ABC):
     reads_student = False
     #: whether inputs of the teacher's BatchNorm layers are measured
     reads_statistics = False
+    #: whether those inputs are averaged for each image
+    reads_descriptions = False
+    #: of Adam on what the term itself learns
+    learning_rate = 1e-3
     #: whether the term waits until the student has begun to learn
     waits = False
 
@@ -55,11 +71,14 @@ class InversionTerm(nn.Module, ABC):
     @property
     def name(self) -> str:
         """Key in the log: the class name in snake case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        return snake_case(self)
 
     def teacher_layers(self) -> Sequence[str]:
         """Layers of the teacher whose outputs are read."""
         return ()
+
+    def build(self, channels: Sequence[int]) -> None:
+        """Size what the term learns by the channels of the teacher's BatchNorm layers; once."""
 
     @abstractmethod
     def forward(self, seen: Inverted) -> Tensor:
@@ -75,13 +94,7 @@ def terms_by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:
     Raises:
         TypeError: If one is something else.
     """
-    named: dict[str, InversionTerm] = {}
     for term in terms:
         if not isinstance(term, InversionTerm):
             raise TypeError(f"Expected terms of type InversionTerm, got {type(term).__name__}.")
-        key, count = term.name, 1
-        while key in named:
-            count += 1
-            key = f"{term.name}_{count}"
-        named[key] = term
-    return named
+    return numbered(terms)

@@ -18,6 +18,7 @@ class OneHot(InversionTerm):
         gamma: Strength of the difficulty in it, >= 0.
         detach: No gradient through the modulating function.
         normalize: Divide it by its mean in the batch.
+        diversity_norm: See ``functional.data_free.modulating_weights``.
         temperature: Softening of the teacher, > 0.
 
     Raises:
@@ -34,6 +35,7 @@ class OneHot(InversionTerm):
         gamma: float = 1.0,
         detach: bool = True,
         normalize: bool = False,
+        diversity_norm: bool = False,
         temperature: float = 1.0,
     ) -> None:
         super().__init__(weight)
@@ -42,7 +44,8 @@ class OneHot(InversionTerm):
                 f"Expected gamma >= 0 and temperature > 0, got {gamma} and {temperature}."
             )
         self.modulate, self.gamma, self.detach = modulate, gamma, detach
-        self.normalize, self.temperature = normalize, temperature
+        self.normalize, self.diversity_norm = normalize, diversity_norm
+        self.temperature = temperature
         self.phi: Tensor | None = None
 
     def forward(self, seen: Inverted) -> Tensor:
@@ -54,7 +57,9 @@ class OneHot(InversionTerm):
         share = seen.class_share
         if share is None:
             share = logits.new_zeros(logits.shape[1])
-        phi = modulating_weights(logits.detach() if self.detach else logits, share, self.gamma)
+        phi = modulating_weights(
+            logits.detach() if self.detach else logits, share, self.gamma, self.diversity_norm
+        )
         self.phi = phi.detach()
         if self.normalize:
             phi = phi / phi.mean().clamp(min=1e-6)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -32,9 +33,7 @@ class DistillationLoss(nn.Module, ABC):
     @property
     def name(self) -> str:
         """Key of this term in the log: the class name in snake case."""
-        return re.sub(
-            r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__
-        ).lower()
+        return snake_case(self)
 
     def student_layers(self) -> Sequence[str]:
         """Layers of the student whose outputs this loss reads."""
@@ -112,16 +111,32 @@ def by_name(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
     Raises:
         ValueError: If a name is one that the log needs for something else.
     """
-    named: dict[str, DistillationLoss] = {}
     for loss in losses:
         if loss.name in ("loss", "task", "gate"):
             raise ValueError(
                 f"Expected a loss whose name is not `loss`, `task` or `gate`, which are taken in "
                 f"the log, got {type(loss).__name__}: rename the class."
             )
-        count, key = 1, loss.name
+    return numbered(losses)
+
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def numbered(parts: Sequence[T]) -> dict[str, T]:
+    """Key each part by its ``name``; equal names are numbered."""
+    named: dict[str, T] = {}
+    for part in parts:
+        count, key = 1, str(part.name)
         while key in named:
             count += 1
-            key = f"{loss.name}_{count}"
-        named[key] = loss
+            key = f"{part.name}_{count}"
+        named[key] = part
     return named
+
+
+def snake_case(part: object) -> str:
+    """The name of its class, as keys in the log are written."""
+    return re.sub(
+        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__
+    ).lower()

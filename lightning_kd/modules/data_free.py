@@ -4,29 +4,23 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_kd.adapters import InputStatistics
 from lightning_kd.functional import kl_divergence, logit_mse
-from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.functional.data_free import logit_l1
 from lightning_kd.functional.seeds import mixed_seed
-from lightning_kd.inversion import InversionTerm, Inverted
-from lightning_kd.inversion.base import terms_by_name
+from lightning_kd.inversion import InversionTerm
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss
-from lightning_kd.modules.dry_run import ask
+from lightning_kd.modules.inverting import Inverting
 from lightning_kd.modules.lessons import lesson
-from lightning_kd.modules.manual import ManualSteps
-from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.ranks import broadcast_buffers
 from lightning_kd.replay import Drawn, Remembers
-from lightning_kd.replay.memory import to_bytes
-from lightning_kd.sources import ImageSource, RandomLabels, Targets
+from lightning_kd.replay.memory import from_bytes, to_bytes
+from lightning_kd.sources import ImageSource, Targets
 
 
-class DataFree(ManualSteps, OneStudent):
+class DataFree(Inverting):
     r"""A student learns from a teacher without any data: images are made from what it knows.
 
     Each training step is one round: images are inverted from the teacher, remembered by the
@@ -55,6 +49,9 @@ class DataFree(ManualSteps, OneStudent):
         reuse: Without a memory, learn all steps of a round from its own images; else from new ones.
         crop_padding: Random crops after padding by so many pixels, of all images; 0: none.
         flip: Random horizontal flips, likewise.
+        views: Remember each image in so many augmented views, each with the teacher's answer, and
+            draw from those; the memory's capacity counts views. ``null``: images are remembered as
+            they are, augmented at each draw, and the teacher is asked each time.
         optimizer: Of the student; ``null``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
         scheduler: Learning rate schedule; ``null``: constant.
         scheduler_interval: ``"epoch"`` or ``"step"``: when the schedule moves; a step is a round.
@@ -89,6 +86,7 @@ class DataFree(ManualSteps, OneStudent):
         reuse: bool = False,
         crop_padding: int = 0,
         flip: bool = False,
+        views: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: str = "epoch",
@@ -101,8 +99,18 @@ class DataFree(ManualSteps, OneStudent):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"Expected {name} >= 1, got {value}.")
+        if views is not None and (views < 1 or not (crop_padding or flip)):
+            raise ValueError(
+                f"Expected views >= 1 together with crop_padding or flip, got {views}: views of "
+                f"images that nobody augments are all alike."
+            )
         if distance not in ("kl", "l1", "mse"):
             raise ValueError(f'Expected distance "kl", "l1" or "mse", got {distance!r}.')
+        if reset_rounds and type(source).reset is ImageSource.reset:
+            raise ValueError(
+                f"Expected no reset_rounds with {type(source).__name__}, which learns nothing that "
+                f"it could forget, got {reset_rounds}."
+            )
         if temperature <= 0:
             raise ValueError(f"Expected temperature > 0, got {temperature}.")
         self.take(
@@ -114,21 +122,18 @@ class DataFree(ManualSteps, OneStudent):
             scheduler_interval=scheduler_interval,
             num_classes=num_classes,
         )
-        self.source, self.targets = source, targets or RandomLabels()
-        self.terms = nn.ModuleDict(terms_by_name(terms))
+        self.take_source(source, terms, targets)
         self.distance, self.temperature = distance, temperature
         self.round_images, self.source_steps = round_images, source_steps
         self.student_steps, self.batch_size = student_steps, batch_size
         self.warm_up, self.reset_rounds, self.reuse = warm_up, set(reset_rounds or ()), reuse
-        self.crop_padding, self.flip, self.seed = crop_padding, flip, seed
+        self.crop_padding, self.flip, self.views = crop_padding, flip, views
+        self.seed = seed
         self.automatic_optimization = False
-        self.memory: Remembers | None = None
         #: images of the last round, shape (B, C, H, W); None before the first
         self.latest: Tensor | None = None
         self.rounds = 0
         self._saved: dict[str, Any] | None = None
-        self._random = torch.Generator()
-        self._statistics: InputStatistics | None = None
 
     # ------------------------------------------------------------------ one round
 
@@ -139,65 +144,24 @@ class DataFree(ManualSteps, OneStudent):
         self.latest = images
         if self.memory is not None:
             self.remember(images)
-        if self.rounds >= self.warm_up:
+        if not self.warming_up:
             said |= self.distil(images)
             self.advance_schedules()  # not in the warm-up, which would spend the first rates
         self.rounds += 1
         return self.note(said, self.samples_in(batch)) if said else None
 
-    def invert(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Make the images of a round: those of the least loss, and the last loss's terms."""
-        self.student.eval()
-        optimizer = self.raw_optimizer(1)
-        assert self.input_shape is not None
-        self.source.begin(self.round_images, self.input_shape, self._random)
-        assert self.num_classes is not None
-        target = self.targets.draw(self.round_images, self.num_classes, self._random)
-        best, least = torch.empty(0), torch.empty(0)
-        terms: dict[str, Tensor] = {}
-        with self.full_precision_if_scaled():
-            for step in range(self.source_steps):
-                images = self.source()
-                terms = self.judge(images, target)
-                loss = torch.stack(list(terms.values())).sum() if terms else None
-                now = images.detach()
-                if loss is None:  # nobody judges noise
-                    best = now
-                    continue
-                # on the device: asking which is better would wait for it
-                best = now if step == 0 else torch.where(loss < least, now, best)
-                least = loss.detach() if step == 0 else torch.minimum(loss.detach(), least)
-                self.source.descend(loss, optimizer)
-        self.source.end(optimizer)
-        for _, term in self._named():
-            term.after_round()
-        return best, {f"invert/{name}": value.detach() for name, value in terms.items()}
-
-    def judge(self, images: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        """Weighted terms of the source's loss by name, for images (B, C, H, W) with gradient."""
-        learning = self.rounds >= self.warm_up
-        asked = {n: t for n, t in self._named() if learning or not t.waits}
-        if not asked:
-            return {}
-        looked = self.augment(images)
-        assert self._statistics is not None
-        if any(term.reads_statistics for term in asked.values()):
-            with self._statistics.measured() as found:
-                teacher: Knowledge = self.teachers[0](looked)
-        else:
-            found, teacher = [], self.teachers[0](looked)
-        student = self.learn(looked) if any(term.reads_student for term in asked.values()) else None
-        if target is None:
-            target = teacher.logits.detach().argmax(1)
-        share = self.memory.class_share() if self.memory is not None else None
-        seen = Inverted(looked, target, teacher, student, found, share)
-        return {name: term.weight * term(seen) for name, term in asked.items()}
+    @property
+    def warming_up(self) -> bool:
+        """Whether the student does not learn yet."""
+        return self.rounds < self.warm_up
 
     @torch.no_grad()
     def remember(self, images: Tensor) -> None:
         """Put images into the memory, with the teacher's answer and the student's distance."""
         assert self.memory is not None
-        kept = self.like_input(to_bytes(images).float().div_(255))  # as they will come back
+        if self.views is not None:
+            images = self.augment(images.repeat(self.views, 1, 1, 1))
+        kept = self.like_input(from_bytes(to_bytes(images)))  # as they will come back
         teacher, student = self.teachers[0](kept).logits, self.learn(kept).logits
         self.memory.extend(kept, teacher.float(), kl_divergence(student, teacher))
 
@@ -210,7 +174,7 @@ class DataFree(ManualSteps, OneStudent):
         for _ in range(self.student_steps):
             drawn = self._draw(images)
             kept = self.like_input(drawn.images)
-            x = self.augment(kept)
+            x = kept if self.views is not None else self.augment(kept)
             if drawn.logits is None or x is not kept or self.losses:
                 (teacher,) = self.teach(x, [0])
             else:
@@ -236,13 +200,6 @@ class DataFree(ManualSteps, OneStudent):
 
     # ------------------------------------------------------------------ parts
 
-    def augment(self, images: Tensor) -> Tensor:
-        """Random crops and flips of images (B, C, H, W), differentiable; themselves if unasked."""
-        if not (self.crop_padding or self.flip):
-            return images
-        draws = torch.rand(len(images), 3, generator=self._random, device=images.device)
-        return crop_and_flip(images, draws, self.crop_padding, self.flip)
-
     def _draw(self, images: Tensor) -> Drawn:
         if self.memory is not None:
             return self.memory.sample(self.batch_size, self._random)
@@ -257,9 +214,6 @@ class DataFree(ManualSteps, OneStudent):
             t = self.temperature
             return t**2 * kl_divergence(student, teacher, t, t)
         return logit_l1(student, teacher) if self.distance == "l1" else logit_mse(student, teacher)
-
-    def _named(self) -> list[tuple[str, InversionTerm]]:
-        return [(n, t) for n, t in self.terms.items() if isinstance(t, InversionTerm)]
 
     def _begin_round(self) -> None:
         """Random numbers depend on the seed, the round and the process alone."""
@@ -276,47 +230,14 @@ class DataFree(ManualSteps, OneStudent):
 
     # ------------------------------------------------------------------ Lightning's hooks
 
-    def prepare(self, x: Tensor) -> None:
-        """Size what must be sized from a dry run on images (B, C, H, W); once.
-
-        Raises:
-            ValueError: If a network cannot take these images, or the numbers of classes differ.
-        """
-        if self.prepared:
-            return
-        super().prepare(x)
-        (teacher,) = self._teachers()
-        self._statistics = InputStatistics(teacher.network)
-        self.targets.attach(teacher.network)
-        readers = [name for name, term in self._named() if term.reads_statistics]
-        if readers and not self._statistics.layers:
-            rank_zero_warn(
-                f"The teacher has no BatchNorm layers with statistics, so {', '.join(readers)} is "
-                f"left out: images may be poor."
-            )
-            for name in readers:
-                del self.terms[name]
-        layers = [n for loss in self._losses() for n in loss.teacher_layers(0)]
-        layers += [n for _, term in self._named() for n in term.teacher_layers()]
-        teacher.listen(layers)
-        if self.num_classes is None:
-            answer = ask("the student", self.student, self.learn, x)
-            self.num_classes = answer.logits.shape[1]
-
-    def configure_optimizers(self) -> Any:
-        """The student's optimizer, then the source's, if it has one."""
-        first: Any = super().configure_optimizers()
-        first = first if isinstance(first, dict) else {"optimizer": first}
-        second = self.source.make_optimizer()
-        return [first] if second is None else [first, {"optimizer": second}]
-
     def on_fit_start(self) -> None:
         """Find the memory, and agree on a seed."""
         super().on_fit_start()
         callbacks: list[Any] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.memory = next((c for c in callbacks if isinstance(c, Remembers)), None)
-        slow = type(self.source).draw is ImageSource.draw
-        if self.memory is None and not self.reuse and slow:
+        if self.memory is None and self.views is not None:
+            raise ValueError("Expected the callback ReplayBuffer with views, which it remembers.")
+        if self.memory is None and not self.reuse and self.source.slow:
             raise ValueError(
                 f"Expected the callback ReplayBuffer (or reuse=True) with "
                 f"{type(self.source).__name__}, which cannot draw images at once."

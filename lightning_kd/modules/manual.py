@@ -9,7 +9,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from lightning_kd.modules.base import Distiller
-from lightning_kd.ranks import average_gradients
+from lightning_kd.sources.base import descend
 
 
 class ManualSteps(Distiller):
@@ -56,21 +56,10 @@ class ManualSteps(Distiller):
                 scheduler.step()
 
     def descend(self, optimizer: Any, loss: Tensor, parts: Iterable[nn.Module]) -> None:
-        """One optimizer step on the gradients of these parts, averaged over processes.
-
-        By hand, as in ``sources.base.descend``: DDP expects every parameter in each backward pass.
-        """
-        optimizer.zero_grad()
+        """One optimizer step on the gradients of these parts, averaged over processes."""
         scaler = self._scaler()
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
-        average_gradients([p for part in parts for p in part.parameters()])
-        optimizer.step()
-
-    def raw_optimizer(self, index: int) -> torch.optim.Optimizer | None:
-        """An optimizer whose steps Lightning does not count, if there are so many."""
-        optimizers: Any = self.optimizers(use_pl_optimizer=False)
-        found = optimizers if isinstance(optimizers, list) else [optimizers]
-        return found[index] if len(found) > index else None
+        chosen = [p for part in parts for p in part.parameters() if p.requires_grad]
+        descend(loss if scaler is None else scaler.scale(loss), chosen, optimizer)
 
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)

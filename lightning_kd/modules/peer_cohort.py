@@ -224,6 +224,8 @@ class PeerCohort(Cohort):
 
     def _with_others(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """Terms of all peers, those of other processes without gradient."""
+        if not mine:
+            return mine  # nobody has a term, as ``total`` will say
         values = gather_over_ranks(torch.stack(list(mine.values())))
         prefix = f"peer_{self.peers.mine}/"
         terms: dict[str, Tensor] = {}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,13 +115,25 @@ class Memory:
         if not self.size:
             raise ValueError("Expected images in the memory, got none: extend it first.")
         indices, weights = self.sampler(self.priorities[: self.size], count, random)
-        images = self.images[indices].float().div_(255)
+        images = from_bytes(self.images[indices])
         return Drawn(indices, images, self.logits[indices], weights)
 
     def update(self, drawn: Drawn, divergences: Tensor) -> None:
         """Give images that were drawn the priority of their weighted divergence, shape (B,)."""
         if self.sampler.prioritizes and drawn.weights is not None:
             self.priorities[drawn.indices] = (drawn.weights * divergences).to(self.priorities.dtype)
+
+    def renew(self, distance: Callable[[Tensor, Tensor], Tensor], count: int) -> None:
+        """Give every image the priority of its divergence now, ``count`` at a time.
+
+        Args:
+            distance: Divergences (B,) of images (B, C, H, W) and the teacher's logits (B, K).
+            count: Images asked about at once.
+        """
+        for start in range(0, self.size, count):
+            rows = slice(start, min(start + count, self.size))
+            found = distance(from_bytes(self.images[rows]), self.logits[rows])
+            self.priorities[rows] = found.to(self.priorities.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Contents, place by place, and where the oldest is."""
@@ -187,3 +200,8 @@ class Memory:
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as bytes, rounded."""
     return images.mul(255).round().clamp_(0, 255).to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] from bytes."""
+    return images.float().div_(255)

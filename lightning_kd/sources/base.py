@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ class ImageSource(nn.Module, ABC):
 
     A round calls ``begin``, then a number of times ``forward`` and ``descend``, then ``end``.
     """
+
+    #: whether good images take a round to make, so that they must be remembered
+    slow = False
 
     def make_optimizer(self) -> Optimizer | None:
         """Optimizer that outlives a round and is kept in checkpoints; None: there is none."""
@@ -49,9 +53,7 @@ class ImageSource(nn.Module, ABC):
         """Forget part of what was learned, against collapse."""
 
 
-def descend(
-    loss: Tensor, parameters: Iterable[nn.Parameter | Tensor], optimizer: Optimizer
-) -> None:
+def descend(loss: Tensor, parameters: Iterable[nn.Parameter | Tensor], optimizer: Any) -> None:
     """One step on these parameters alone, with gradients averaged over processes.
 
     Not by Lightning's ``manual_backward``: its DDP expects every parameter in each backward pass.

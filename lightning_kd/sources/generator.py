@@ -57,7 +57,7 @@ class Generator(ImageSource):
         return self._images(count, random)
 
     def reset(self, random: torch.Generator) -> None:
-        """Draw the first linear layer anew."""
+        """Draw the first linear layer anew, and the scales of the first BatchNorm layer."""
         layer = next((m for m in self.network.modules() if isinstance(m, nn.Linear)), None)
         if layer is None:
             raise TypeError(
@@ -68,6 +68,10 @@ class Generator(ImageSource):
             layer.weight.normal_(0, 0.02, generator=random)
             if layer.bias is not None:
                 layer.bias.zero_()
+            norm = next((m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)), None)
+            if norm is not None and norm.affine:
+                norm.weight.normal_(0, 0.02, generator=random)
+                norm.bias.zero_()
 
     def _images(self, count: int, random: torch.Generator) -> Tensor:
         images: Tensor = self.network(self._noise(count, random))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ class MetaGenerator(Generator):
         learning_rate: Of the copy, Adam with betas (0.5, 0.999); the start moves with so many times
             this rate as a round has steps.
         latent_rate: Of the noise.
-        meta: How the start learns from the copy: ``"fomaml"`` (the copy's gradients, summed) or
-            ``"reptile"`` (the way that it went).
+        meta: How the start learns from the copy: ``"fomaml"`` (the copy's gradients, summed),
+            ``"reptile"`` (the way that it went) or ``"none"``: not at all, and the copy begins each
+            round with new random weights, as in CMI.
 
     Raises:
-        ValueError: If ``meta`` is neither.
+        ValueError: If ``meta`` is none of these.
 
     Source:
         Fang et al. 2022 (Fast-Datafree), https://arxiv.org/abs/2112.06253, algorithm 1.
@@ -35,12 +36,12 @@ class MetaGenerator(Generator):
         network: nn.Module,
         learning_rate: float = 5e-3,
         latent_rate: float = 0.015,
-        meta: Literal["fomaml", "reptile"] = "fomaml",
+        meta: Literal["fomaml", "reptile", "none"] = "fomaml",
     ) -> None:
         super().__init__(network, learning_rate)
-        if meta not in ("fomaml", "reptile"):
-            raise ValueError(f'Expected meta "fomaml" or "reptile", got {meta!r}.')
-        self.latent_rate, self.meta = latent_rate, meta
+        if meta not in ("fomaml", "reptile", "none"):
+            raise ValueError(f'Expected meta "fomaml", "reptile" or "none", got {meta!r}.')
+        self.latent_rate, self.meta, self.slow = latent_rate, meta, meta == "none"
         self._twin: tuple[nn.Module, ...] = ()  # a tuple: it is made anew, not saved
         self._steps = 0
 
@@ -50,7 +51,8 @@ class MetaGenerator(Generator):
         if not self._twin or next(self._twin[0].parameters()).device != first.device:
             self._twin = (copy.deepcopy(self.network),)
         with torch.no_grad():
-            for mine, theirs in zip(_tensors(self._twin[0]), _tensors(self.network), strict=True):
+            start = self._anew(random) if self.meta == "none" else self.network
+            for mine, theirs in zip(_tensors(self._twin[0]), _tensors(start), strict=True):
                 mine.copy_(theirs)
         self.noise = self._noise(count, random).requires_grad_()
         rates = [
@@ -81,7 +83,9 @@ class MetaGenerator(Generator):
 
     def end(self, optimizer: Optimizer | None) -> None:
         """Move the start; under several processes by the mean of what their copies found."""
-        assert optimizer is not None
+        del self.noise, self._inner
+        if optimizer is None:
+            return
         if self.meta == "reptile":
             for mine, theirs in zip(
                 self.network.parameters(), self._twin[0].parameters(), strict=True
@@ -91,7 +95,21 @@ class MetaGenerator(Generator):
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * self._steps
         optimizer.step()
-        del self.noise, self._inner
+
+    def make_optimizer(self) -> Optimizer | None:
+        """Adam over the start, if it learns."""
+        return None if self.meta == "none" else super().make_optimizer()
+
+    def _anew(self, random: torch.Generator) -> nn.Module:
+        fresh = copy.deepcopy(self.network).cpu()
+        # layers draw from the global generator
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(random.initial_seed())
+            for layer in fresh.modules():
+                again: Any = getattr(layer, "reset_parameters", None)
+                if again is not None:
+                    again()
+        return fresh
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -22,6 +22,8 @@ class Pixels(ImageSource):
         code: pixels pass through a sigmoid instead of being unbounded.
     """
 
+    slow = True
+
     def __init__(self, learning_rate: float = 0.1, shift: int = 2) -> None:
         super().__init__()
         self.learning_rate, self.shift = learning_rate, shift

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lightning_kd.functional.data_free import (
+    channel_statistics,
     class_balance,
     importance_weights,
+    info_nce,
     logit_l1,
     modulating_weights,
     priority_probabilities,
@@ -46,6 +48,14 @@ def test_modulating_weights_equal_the_reference(classes, batch, gamma, remembere
         return torch.stack([row + 0 * z.sum() for row in rows])
 
     assert_equal_with_gradients(lambda z: modulating_weights(z, share, gamma), slow, logits)
+
+
+def test_normalized_diversity_is_one_where_classes_are_balanced():
+    logits, share = torch.randn(6, 4).double(), torch.full((4,), 0.25).double()
+    plain = modulating_weights(logits, share, 1.0)
+    normed = modulating_weights(logits, share, 1.0, diversity_norm=True)
+    torch.testing.assert_close(normed, plain * 4 / 3)
+    torch.testing.assert_close(normed, 1 - logits.softmax(1).max(1).values)
 
 
 def test_modulating_weights_by_hand():
@@ -264,3 +274,56 @@ def test_everything_is_computed_in_full_precision_under_autocast():
         wide = function(*(v.float() if v.is_floating_point() else v for v in inputs))
         assert found.dtype == torch.float32, function
         assert torch.equal(found, wide), function
+
+
+# ---------------------------------------------------------------------- statistics, contrast
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 2, 5), (3, 2, 4, 3), (1, 2, 1, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_channel_statistics_equal_the_reference_with_gradients(shape, last):
+    values = doubles(*shape).detach() + 5
+    if last and len(shape) == 4:
+        values = values.contiguous(memory_format=torch.channels_last)
+    values.requires_grad_()
+
+    def joined(function):
+        return lambda x: torch.cat(function(x))
+
+    assert_equal_with_gradients(
+        joined(channel_statistics), joined(reference.channel_statistics), values
+    )
+    assert torch.autograd.gradcheck(channel_statistics, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_channel_statistics_of_half_precision_are_whole(dtype):
+    values = (300 * torch.randn(8, 2, 4, 4)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean, variance = channel_statistics(values)
+    assert mean.dtype == variance.dtype == torch.float32
+    assert float(variance.detach().min()) > 65504  # more than float16 holds
+    slow = reference.channel_statistics(values.detach())
+    torch.testing.assert_close((mean.detach(), variance.detach()), tuple(s.float() for s in slow))
+    (mean.sum() + variance.sqrt().sum()).backward()
+    assert values.grad.dtype == dtype
+    assert torch.isfinite(values.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("more", [0, 5])
+def test_info_nce_equals_the_reference(temperature, more):
+    anchors, others = doubles(4, 3), doubles(4 + more, 3)
+    assert_equal_with_gradients(
+        lambda a, o: info_nce(a, o, temperature),
+        lambda a, o: reference.info_nce(a, o, temperature),
+        anchors,
+        others,
+    )
+
+
+def test_info_nce_by_hand():
+    """Orthogonal strangers: -log(e / (e + 2))."""
+    others = torch.eye(3)
+    found = info_nce(3 * others[:1], others, 1.0)
+    assert float(found) == pytest.approx(math.log(1 + 2 / math.e), rel=1e-5)

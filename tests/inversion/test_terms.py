@@ -1,16 +1,19 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_kd.adapters import InputStatistics
-from lightning_kd.functional.data_free import statistics_gap
+from lightning_kd.functional.augment import resized_crop
+from lightning_kd.functional.data_free import channel_statistics, statistics_gap
 from lightning_kd.inversion import (
     Activation,
     Adversarial,
     BatchNormStatistics,
     ClassBalance,
+    Contrastive,
     InversionTerm,
     Inverted,
     OneHot,
@@ -178,7 +181,7 @@ def test_nothing_is_measured_outside(monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("statistics were computed")
 
-    monkeypatch.setattr(torch, "var_mean", forbidden)
+    monkeypatch.setattr("lightning_kd.adapters.statistics.channel_statistics", forbidden)
     network(torch.randn(2, 1, 4, 4).double())
     assert found == []
 
@@ -214,7 +217,7 @@ def test_measuring_changes_neither_answers_nor_statistics():
 def test_images_of_the_wanted_statistics_have_no_gap_and_a_finite_gradient():
     network = nn.Sequential(nn.BatchNorm2d(2)).double().eval()
     images = doubles(5, 2, 3, 3)
-    variance, mean = torch.var_mean(images.detach(), (0, 2, 3), correction=0)
+    mean, variance = channel_statistics(images.detach())
     network[0].running_mean.copy_(mean)
     network[0].running_var.copy_(variance)
     with InputStatistics(network).measured() as found:
@@ -308,6 +311,7 @@ def test_running_statistics_follow_the_network_after_a_checkpoint():
     layer = [torch.ones(2, device="meta") for _ in range(4)]
     term(seen(statistics=[tuple(layer)]))
     term.after_round()
+    assert [value.device.type for value in term._running] == ["meta", "meta"]
     term(seen(statistics=[tuple(layer)]))
 
 
@@ -590,3 +594,101 @@ def test_weights_multiply_in_the_loss_alone():
     """Terms are unweighted; who adds them up weighs them."""
     logits = torch.randn(4, 3)
     assert torch.equal(ClassBalance(7.0)(seen(logits)), ClassBalance()(seen(logits)))
+
+
+# ---------------------------------------------------------------------- contrastive
+
+
+def test_descriptions_are_means_of_each_image():
+    network = layers()
+    noted = inputs_of(network)
+    with InputStatistics(network).described() as found:
+        network(torch.randn(5, 1, 4, 4).double())
+    for mine, (_, values) in zip(found, noted, strict=True):
+        slow = [[channel.mean() for channel in image.flatten(1)] for image in values.unsqueeze(-1)]
+        torch.testing.assert_close(mine, torch.tensor(slow, dtype=torch.float64))
+    assert hooks_of(network) == 0
+
+
+def contrast(term, network, images, seed=0):
+    """Value of a contrastive term as the module asks for it."""
+    measure = InputStatistics(network)
+
+    def describe(x):
+        with measure.described() as found:
+            network(x)
+        return torch.cat(found, 1)
+
+    made = seen(images=images)
+    random = torch.Generator().manual_seed(seed)
+    return term(replace(made, description=describe(images), describe=describe, random=random))
+
+
+def contrastive(**options):
+    term = Contrastive(**{"width": 4, "bank": 7, "negatives": 7, **options})
+    term.build([1, 3, 5])
+    return term.double()
+
+
+def test_contrastive_equals_the_reference_and_remembers_so_many():
+    network, term = layers(), contrastive()
+    bank = torch.empty(0, 9, dtype=torch.float64)
+
+    def describe(x):
+        noted = inputs_of(copied := copy.deepcopy(network))
+        copied(x)
+        return torch.cat([v.reshape(3, v.shape[1], -1).mean(2) for _, v in noted], 1)
+
+    for _ in range(4):
+        images = torch.rand(3, 1, 4, 4).double()
+        value = contrast(term, network, images)
+        whole = describe(images)
+        draws = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+        crop = describe(resized_crop(images, draws, 0.25))
+        others = torch.cat([whole, bank])
+        slow = reference.info_nce(term.head(crop), term.head(others), 0.1).mean()
+        torch.testing.assert_close(value, slow)
+        term.after_round()
+        bank = torch.cat([bank, whole])[-7:]
+        torch.testing.assert_close(term._bank, bank)
+
+
+def test_contrastive_gives_gradients_to_images_and_head():
+    network, term = layers(), contrastive()
+    images = torch.rand(4, 1, 4, 4).double().requires_grad_()
+    contrast(term, network, images).backward()
+    assert float(images.grad.abs().sum()) > 0
+    assert all(float(p.grad.abs().sum()) > 0 for p in term.head.parameters())
+
+
+def test_contrastive_spreads_equal_images_apart():
+    """Descending it makes images more different, as the teacher describes them."""
+    network, term = layers(), contrastive()
+    images = (torch.rand(1, 1, 4, 4) + 0.01 * torch.randn(6, 1, 4, 4)).double().requires_grad_()
+    optimizer = torch.optim.Adam([images, *term.parameters()], lr=0.05)
+    before = float(images.detach().std(0).mean())
+    for step in range(40):
+        optimizer.zero_grad()
+        contrast(term, network, images, step).backward()
+        optimizer.step()
+    assert float(images.detach().std(0).mean()) > 2 * before
+
+
+def test_contrastive_goes_through_a_checkpoint():
+    network, term = layers(), contrastive(bank=5)
+    for _ in range(2):
+        contrast(term, network, torch.rand(3, 1, 4, 4).double())
+        term.after_round()
+    other = contrastive(bank=5)
+    other.load_state_dict(copy.deepcopy(term.state_dict()))
+    images = torch.rand(3, 1, 4, 4).double()
+    assert torch.equal(contrast(term, network, images), contrast(other, network, images))
+    assert not list(term.buffers())  # which several processes would overwrite
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"width": 0}, {"bank": -1}, {"smallest": 0.0}]
+)
+def test_bad_numbers_of_contrastive_are_refused(options):
+    with pytest.raises(ValueError, match="Expected temperature > 0"):
+        Contrastive(**options)

@@ -5,15 +5,19 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_kd.callbacks import ReplayBuffer
+from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import Digits, Rounds
+from lightning_kd.functional import kl_divergence
 from lightning_kd.inversion import (
     Activation,
     Adversarial,
     BatchNormStatistics,
     ClassBalance,
+    Contrastive,
     OneHot,
     TotalVariation,
 )
@@ -33,9 +37,13 @@ SOURCES = {
     "generator": lambda: Generator(network()),
     "fomaml": lambda: MetaGenerator(network()),
     "reptile": lambda: MetaGenerator(network(), meta="reptile"),
+    "none": lambda: MetaGenerator(network(), meta="none"),
     "pixels": lambda: Pixels(),
     "noise": Noise,
 }
+
+
+VIEWS = {"flip": True, "views": 2}
 
 
 @pytest.fixture
@@ -167,9 +175,18 @@ def test_methods_without_a_memory(build, make_trainer, method):
         assert float(trainer.callback_metrics["train/invert/adversarial"]) < -1e-6
 
 
-def test_bf16_stays_finite(build, make_trainer):
+class HalfPrecision(MixedPrecision):
+    """``16-mixed``, which Lightning offers on a GPU only."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_stays_finite(build, make_trainer, precision):
     module = build()
-    trainer = make_trainer(max_epochs=5, precision="bf16-mixed", callbacks=[memory()])
+    half = {"plugins": HalfPrecision()} if precision == "16-mixed" else {"precision": precision}
+    trainer = make_trainer(max_epochs=5, callbacks=[memory()], **half)
     trainer.fit(module, datamodule=rounds(40))
     assert module.rounds == 200
     assert all(torch.isfinite(v).all() for v in weights(module).values())
@@ -198,6 +215,114 @@ def test_augmented_images_are_asked_about_anew(build, make_trainer):
     assert asked == [8] * 9
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_views_are_remembered_with_their_answers(build, make_trainer, views):
+    """The teacher is asked about each view when it comes, and at no draw."""
+    asked = []
+    module = build(crop_padding=1, flip=True, views=views)
+    teach = module.teach
+    module.teach = lambda x, *rest: asked.append(len(x)) or teach(x, *rest)
+    buffer = memory(capacity=200)
+    make_trainer(max_epochs=1, callbacks=[buffer]).fit(module, datamodule=rounds())
+    assert not asked
+    assert len(buffer.memory) == 4 * 16 * views
+    kept = buffer.memory.images[-16 * views :][: 16 * views]
+    drawn = buffer.sample(50, torch.Generator())
+    with torch.no_grad():
+        torch.testing.assert_close(drawn.logits, module.teachers[0](drawn.images).logits)
+    assert len({image.numpy().tobytes() for image in kept}) > 16 * (views - 1)
+
+
+def test_nothing_in_a_students_step_waits_for_the_device(build, make_trainer):
+    """Numbers are never fetched: no item(), no mask of unknown size, no copy to the host."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            name = operation.overloadpacket.__name__
+            seen.add(name)
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+            return operation(*args, **(kwargs or {}))
+
+    seen = set()
+    module = build(crop_padding=1, views=2)
+
+    def watched(plain):
+        def call(images):
+            with Watch():
+                return plain(images)
+
+        return call
+
+    module.remember, module.distil = watched(module.remember), watched(module.distil)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    assert {"searchsorted", "convolution", "convolution_backward", "index_put_"} <= seen
+
+
+def test_refreshed_priorities_are_those_of_the_student_now(build, make_trainer):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            kept = buffer.memory
+            if len(kept):
+                images = kept.images[: kept.size].float() / 255
+                with torch.no_grad():
+                    student = module.student.eval()(images)
+                gap = kl_divergence(student, kept.logits[: kept.size])
+                seen.append((kept.priorities[: kept.size].clone(), gap))
+
+    for refresh in (True, False):
+        buffer = memory(refresh=refresh)
+        trainer = make_trainer(max_epochs=1, callbacks=[buffer, Look()])
+        trainer.fit(build(), datamodule=rounds())
+    for mine, gap in seen[:3]:
+        torch.testing.assert_close(mine, gap)
+    assert not torch.allclose(*seen[-1])
+
+
+def test_a_contrastive_term_learns_and_goes_on_bit_for_bit(build, make_trainer, tmp_path):
+    """Its head, that head's optimizer and the bank are in the checkpoint."""
+
+    def make():
+        term = Contrastive(width=8, bank=20, negatives=10)
+        return build("none", terms=[OneHot(), term])
+
+    whole = make()
+    whole.prepare(torch.rand(2, 1, 8, 8))
+    start = weights(whole)
+    make_trainer(max_epochs=2, callbacks=[memory()]).fit(whole, datamodule=rounds(3))
+    head = [k for k in start if k.startswith("terms.contrastive.head")]
+    assert len(head) == 4
+    assert not any(torch.equal(start[k], whole.state_dict()[k]) for k in head)
+    half = make()
+    half.prepare(torch.rand(2, 1, 8, 8))
+    trainer = make_trainer(max_epochs=1, callbacks=[memory()])
+    trainer.fit(half, datamodule=rounds(3))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = make()
+    trainer = make_trainer(max_epochs=2, callbacks=[memory()])
+    trainer.fit(again, datamodule=rounds(3), ckpt_path=tmp_path / "half.ckpt")
+    assert_equal(weights(whole), weights(again))
+    banks = [m.terms["contrastive"].get_extra_state()["bank"] for m in (whole, again)]
+    assert torch.equal(*banks)
+    assert len(banks[0]) == 20
+
+
+def test_networks_with_channels_last_learn_the_same(build, make_trainer):
+    found = []
+    for callbacks in ([], [ChannelsLast()]):
+        module = build()
+        make_trainer(max_epochs=1, callbacks=[memory(), *callbacks]).fit(
+            module.double(), datamodule=rounds(2)
+        )
+        found.append(weights(module))
+        convolutions = [p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1]
+        convolutions += [p for p in module.teachers.parameters() if p.dim() == 4 and p.shape[1] > 1]
+        last = [p.is_contiguous(memory_format=torch.channels_last) for p in convolutions]
+        assert all(last) if callbacks else not any(last)
+    torch.testing.assert_close(*found)
+
+
 def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_trainer):
     class Plain(nn.Module):
         def __init__(self):
@@ -222,6 +347,8 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
         ({"student_steps": 0}, "student_steps >= 1"),
         ({"distance": "cosine"}, '"kl", "l1" or "mse"'),
         ({"temperature": 0.0}, "temperature > 0"),
+        ({"views": 2}, "views >= 1 together with"),
+        ({"source": "pixels", "reset_rounds": [3]}, "no reset_rounds with Pixels"),
     ],
 )
 def test_wrong_options_are_told(build, options, message):
@@ -234,9 +361,10 @@ def test_memory_smaller_than_a_round_is_told(build, make_trainer):
         make_trainer(callbacks=[memory(capacity=8)]).fit(build(), datamodule=rounds())
 
 
-def test_pixels_without_a_memory_are_told(build, make_trainer):
+@pytest.mark.parametrize(("source", "options"), [("pixels", {}), ("none", {}), ("fomaml", VIEWS)])
+def test_a_missing_memory_is_told(build, make_trainer, source, options):
     with pytest.raises(ValueError, match="ReplayBuffer"):
-        make_trainer().fit(build("pixels", warm_up=9), datamodule=rounds())
+        make_trainer().fit(build(source, warm_up=9, **options), datamodule=rounds())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -373,11 +501,18 @@ def test_two_processes_share_the_memory_and_one_goes_on_with_all_of_it(tmp_path,
 
     class Look(Callback):
         def on_train_batch_start(self, *args):
-            found.append({image.numpy().tobytes() for image in buffer.memory.images})
+            kept = buffer.memory
+            found.append([image.numpy().tobytes() for image in kept.images.roll(-kept.position, 0)])
 
     buffer = memory()
     module = scope["make"]("g")
     trainer = make_trainer(max_epochs=2, callbacks=[buffer, Look()])
     trainer.fit(module, datamodule=rounds(), ckpt_path=tmp_path / "g.ckpt")
-    assert found[0] == {image.numpy().tobytes() for image in state["images"]}
-    assert len(found[0]) == 40
+    # the oldest of both first, in turn
+    shards = [
+        list(shard.roll(-k, 0))
+        for shard, k in zip(state["images"].split(20), state["positions"], strict=True)
+    ]
+    aged = [image.numpy().tobytes() for pair in zip(*shards, strict=True) for image in pair]
+    assert found[0] == aged
+    assert len(set(aged)) == 40

@@ -268,14 +268,17 @@ def test_a_network_must_say_how_much_noise_it_takes(kind):
 
 
 @pytest.mark.parametrize("source", generators(), ids=name_of)
-def test_a_reset_draws_the_first_linear_layer_alone(source):
+def test_a_reset_draws_the_first_linear_and_norm_layers_alone(source):
     with torch.no_grad():
         for parameter in source.network.parameters():
             parameter.add_(1)
     before = state_of(source)
     source.reset(draws(3))
     changed = {k for k, v in source.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"network.project.weight", "network.project.bias"}
+    first = {"network.project.weight", "network.project.bias"}
+    assert changed == first | {"network.layers.0.weight", "network.layers.0.bias"}
+    assert float(source.network.layers[0].weight.abs().max()) < 0.1
+    assert not source.network.layers[0].bias.any()
     assert torch.equal(source.network.project.bias, torch.zeros_like(source.network.project.bias))
     weight = source.network.project.weight
     assert float(weight.mean()) == pytest.approx(0, abs=0.005)
@@ -453,7 +456,7 @@ def test_a_drawing_meta_generator_uses_its_start():
 
 
 def test_an_unknown_meta_step_is_refused():
-    with pytest.raises(ValueError, match='"fomaml" or "reptile", got \'maml\''):
+    with pytest.raises(ValueError, match='"fomaml", "reptile" or "none", got \'maml\''):
         MetaGenerator(Small(), meta="maml")
 
 
@@ -524,3 +527,21 @@ def test_a_missing_or_odd_shape_is_refused(shape):
 def test_sides_that_cannot_be_halved_are_refused(shape, doublings, step):
     with pytest.raises(ValueError, match=rf"divisible by {step}.*set doublings lower"):
         ImageGenerator(shape, doublings=doublings)
+
+
+def test_without_meta_learning_each_round_begins_with_new_weights():
+    source = MetaGenerator(Small(), 0.01, 0.05, "none")
+    assert source.slow
+    assert source.make_optimizer() is None
+    before, seen = state_of(source), []
+    state = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        source.begin(5, (1, 2, 2), draws(seed))
+        seen.append([p.detach().clone() for p in source._twin[0].parameters()])
+        for _ in range(2):
+            source.descend(judge(source()), None)
+        source.end(None)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True))
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())

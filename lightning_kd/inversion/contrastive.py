@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.functional.augment import resized_crop
+from lightning_kd.functional.data_free import info_nce
+from lightning_kd.inversion.base import InversionTerm, Inverted
+
+
+class Contrastive(InversionTerm):
+    """Images that the teacher can tell from each other, and from those of earlier rounds.
+
+    What the teacher's BatchNorm layers are given, averaged over each image, describes it. A small
+    head, trained along, is to find an image's crop closer to the image than to all others.
+
+    Args:
+        weight: Multiplier of this term in the loss.
+        temperature: Softening of the similarities, > 0.
+        width: Of the head, two linear layers.
+        bank: Descriptions of earlier images to keep, >= 0; 40,960 as published.
+        negatives: How many of them are drawn for each look, >= 0.
+        smallest: Area of the smallest crop, as a share of the image.
+        learning_rate: Of the head, by Adam.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Fang et al. 2021 (CMI), https://arxiv.org/abs/2105.08584, equation 7. Differs from the
+        authors' code: the bank holds whole images, not crops too, and is smaller by default.
+    """
+
+    reads_descriptions = True
+
+    def __init__(
+        self,
+        weight: float = 0.8,
+        temperature: float = 0.1,
+        width: int = 256,
+        bank: int = 4096,
+        negatives: int = 4096,
+        smallest: float = 0.25,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(weight)
+        if temperature <= 0 or width < 1 or bank < 0 or negatives < 0 or not 0 < smallest <= 1:
+            raise ValueError(
+                f"Expected temperature > 0, width >= 1, bank and negatives >= 0 and smallest in "
+                f"(0, 1], got {temperature}, {width}, {bank}, {negatives} and {smallest}."
+            )
+        self.temperature, self.width, self.smallest = temperature, width, smallest
+        self.capacity, self.negatives, self.learning_rate = bank, negatives, learning_rate
+        self.head: nn.Module | None = None
+        self._bank = torch.empty(0)
+        self._last: Tensor | None = None
+
+    def build(self, channels: Sequence[int]) -> None:
+        """Make the head for descriptions of so many channels."""
+        self.head = nn.Sequential(
+            nn.Linear(sum(channels), self.width), nn.ReLU(), nn.Linear(self.width, self.width)
+        )
+
+    def forward(self, seen: Inverted) -> Tensor:
+        """Scalar; see ``InversionTerm.forward``."""
+        assert self.head is not None
+        assert seen.description is not None
+        assert seen.random is not None
+        images, device = seen.images, seen.images.device
+        draws = torch.rand(len(images), 5, generator=seen.random, device=device)
+        whole, crop = seen.description, seen.describe(resized_crop(images, draws, self.smallest))
+        self._last = whole.detach()
+        others = self._bank.to(whole)
+        if len(others) > self.negatives:
+            chosen = torch.randint(
+                len(others), (self.negatives,), generator=seen.random, device=device
+            )
+            others = others[chosen]
+        told = self.head(torch.cat([crop, whole, others]))
+        crops, wholes = told[: len(images)], told[len(images) :]
+        return info_nce(crops, wholes, self.temperature).mean()
+
+    def after_round(self) -> None:
+        """Remember what the last images were like."""
+        if self._last is not None and self.capacity:
+            self._bank = torch.cat([self._bank.to(self._last), self._last])[-self.capacity :]
+        self._last = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The bank, for the checkpoint; no buffer, which DDP would overwrite."""
+        return {"bank": self._bank}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._bank = state["bank"]
