@@ -16,11 +16,8 @@ that are there; give ``--part 0 2`` and ``--part 1 2`` to two processes.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -41,6 +38,7 @@ from lightning_kd.exchange import (
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import MultiBranch, resnet8, resnet20
 from lightning_kd.schedules import SigmoidRampUp
+from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/cohort.jsonl")
 EPOCHS, BATCH, IMAGES = 10, 64, 5000
@@ -137,11 +135,7 @@ def run(size: int, name: str, seed: int) -> dict:
         else []
     )
     curves = Curves()
-    trainer = Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[*ramp, curves],
-    )  # fmt: skip
+    trainer = bare_trainer([*ramp, curves], max_epochs=EPOCHS, num_sanity_val_steps=0)
     images = FashionMNIST(
         batch_size=BATCH,
         val_split=5000 if size == MIXED else 0.0,
@@ -175,11 +169,6 @@ class Curves(Callback):
         self.seen.append([round(value, 4) for value in pl_module.learner_accuracies()])
 
 
-def rows() -> list[dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def table() -> str:
     """Mean peer and ensemble, and the paired difference of the mean peer from independent ones."""
     lines = [
@@ -188,29 +177,21 @@ def table() -> str:
     ]
     for size in [*sorted(set(ARMS) - {MIXED}), MIXED]:
         found = {
-            name: {r["seed"]: r for r in rows() if r["size"] == size and r["arm"] == name}
+            name: {r["seed"]: r for r in read(RESULTS) if r["size"] == size and r["arm"] == name}
             for name in ARMS[size]
         }
         for name, runs in found.items():
             if len(runs) < 2:
                 continue
             means = {s: 100 * statistics.mean(r["peers"]) for s, r in runs.items()}
-            gain = ""
-            if name != "independent":
-                alone = {
-                    s: 100 * statistics.mean(r["peers"]) for s, r in found["independent"].items()
-                }
-                pairs = [means[s] - alone[s] for s in means if s in alone]
-                error = statistics.stdev(pairs) / len(pairs) ** 0.5
-                gain = f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
-            values = list(means.values())
+            alone = {s: 100 * statistics.mean(r["peers"]) for s, r in found["independent"].items()}
+            over = gain(means, alone) if name != "independent" else ""
             best = statistics.mean(100 * max(r["peers"]) for r in runs.values())
             together = statistics.mean(100 * r["ensemble"] for r in runs.values())
             agreement = statistics.mean(100 * r["agreement"] for r in runs.values())
             lines.append(
-                f"| {size or 'small, large'} | {name} | {statistics.mean(values):.2f} ± "
-                f"{statistics.stdev(values):.2f} (n={len(values)}) | {gain} | {best:.2f} | "
-                f"{together:.2f} | {agreement:.1f} |"
+                f"| {size or 'small, large'} | {name} | {spread(list(means.values()))} | {over} | "
+                f"{best:.2f} | {together:.2f} | {agreement:.1f} |"
             )
     return "\n".join(lines)
 
@@ -227,12 +208,14 @@ def plot() -> None:
     for name, (color, label) in styles.items():
         means: dict[int, list[float]] = {}
         together: dict[int, list[float]] = {}
-        for row in rows():
+        for row in read(RESULTS):
             if row["arm"] == name and row["size"] != MIXED:
                 means.setdefault(row["size"], []).append(100 * statistics.mean(row["peers"]))
                 together.setdefault(row["size"], []).append(100 * row["ensemble"])
         if name == "independent":  # a cohort of one
-            firsts = [100 * r["peers"][0] for r in rows() if r["arm"] == name and r["size"] == 5]
+            firsts = [
+                100 * r["peers"][0] for r in read(RESULTS) if r["arm"] == name and r["size"] == 5
+            ]
             means[1] = together[1] = firsts
         for values, dashes, what in ((means, "-", "mean peer"), (together, "--", "together")):
             sizes = sorted(values)
@@ -242,7 +225,7 @@ def plot() -> None:
                 [statistics.stdev(values[s]) / len(values[s]) ** 0.5 for s in sizes],
                 color=color, linestyle=dashes, marker="o", capsize=3, label=f"{label}, {what}",
             )  # fmt: skip
-        curves = [r["curves"] for r in rows() if r["size"] == MIXED and r["arm"] == name]
+        curves = [r["curves"] for r in read(RESULTS) if r["size"] == MIXED and r["arm"] == name]
         for k, (dashes, what) in enumerate((("-", "small"), ("--", "large"))):
             ends = [100 * statistics.mean(c[e][k] for c in curves) for e in range(EPOCHS)]
             right.plot(
@@ -261,25 +244,17 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["run", "table", "plot"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 3, 5, MIXED])
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1])
+    add_part(parser)
     options = parser.parse_args()
     if options.what == "run":
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        torch.set_num_threads(1)
+        quiet()
         jobs = [
             (size, name, seed)
             for size in options.sizes
             for seed in options.seeds
             for name in ARMS[size]
         ]
-        for job in jobs[options.part[0] :: options.part[1]]:
-            if job in {(r["size"], r["arm"], r["seed"]) for r in rows()}:
-                continue
-            result = run(*job)
-            print(result, flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        run_missing(RESULTS, ("size", "arm", "seed"), jobs, run, options.part)
     if options.what == "plot":
         plot()
     else:

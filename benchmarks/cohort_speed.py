@@ -13,18 +13,16 @@ package asks glibc to keep freed memory between steps; the plain loop here gains
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from step_overhead import Clock, Noise
 
 from lightning_kd import PeerCohort
 from lightning_kd.models import resnet8
+from runs import bare_trainer, quiet
 
 SETTINGS = {  # width, batch, shape of images, stride of the first layer
     "ResNet-8 of width 4, 8 x 8": (4, 64, (1, 8, 8), 1),
@@ -61,11 +59,8 @@ def cohort(count: int, batched: bool, make, data: Noise, options: argparse.Names
     """Train a cohort for one epoch of the Trainer; seconds without the first step."""
     clock = Clock()
     module = PeerCohort([make() for _ in range(count)], batched=batched)
-    trainer = Trainer(
-        max_epochs=1, accelerator="gpu" if options.device == "cuda" else "cpu", devices=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[clock],
-    )  # fmt: skip
+    accelerator = "gpu" if options.device == "cuda" else "cpu"
+    trainer = bare_trainer([clock], accelerator, max_epochs=1, devices=1)
     trainer.fit(torch.compile(module) if options.compile else module, datamodule=data)
     return clock.seconds
 
@@ -78,9 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="torch.compile for the cohorts")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet(options.threads)
     print("| networks | peers | plain, ms a step of all | apart, ratio | batched, ratio |")
     print("|---|---|---|---|---|")
     for name, (width, batch, shape, stride) in SETTINGS.items():

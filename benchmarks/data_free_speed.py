@@ -6,24 +6,26 @@ One round of ``DataFree`` (invert, remember, distil) against a plain loop with t
 batch and numbers of steps that does what public code does: images go to PNG files, the pool is read
 from disk through a new ``ImageFolder`` loader each round, the teacher is asked at every draw, and
 hooks on its BatchNorm layers compute statistics in every forward pass. Sides take turns in one
-process; the median of the turns' ratios is printed, and that of this package without its cache of
-the teacher's answers.
+process; the median of the turns' ratios is printed, and those of this package without channels
+last in memory, without its cache of the teacher's answers, and then with statistics measured in
+every forward pass. A profile says where the rest goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
-import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -36,6 +38,7 @@ from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
 from lightning_kd.models import ImageGenerator, wide_resnet
 from lightning_kd.replay import Prioritized
 from lightning_kd.sources import Generator
+from runs import bare_trainer, quiet
 
 IMAGES, SOURCE_STEPS, STUDENT_STEPS, BATCH = 64, 2, 20, 64
 
@@ -114,8 +117,25 @@ class Clock(Callback):
         self.seconds = time.perf_counter() - self.start
 
 
-def ours(rounds: int, cached: bool = True) -> float:
-    """Seconds a round of this package."""
+class HooksOn(Callback):
+    """The teacher's statistics are measured in every forward pass, as hooks that stay do."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.context = pl_module._statistics.measured()
+        self.context.__enter__()
+
+
+class Forgetful(ReplayBuffer):
+    """A memory that does not keep what the teacher said."""
+
+    def sample(self, count, random):
+        return replace(super().sample(count, random), logits=None)
+
+
+def ours(
+    rounds: int, cached: bool = True, hooks: bool = False, last: bool = True
+) -> tuple[float, dict[str, float]]:
+    """Seconds a round of this package, and of its three parts."""
     generator, teacher, student = networks()
     module = DataFree(
         student, teacher, Generator(generator),
@@ -123,21 +143,28 @@ def ours(rounds: int, cached: bool = True) -> float:
         round_images=IMAGES, source_steps=SOURCE_STEPS, student_steps=STUDENT_STEPS,
         batch_size=BATCH, warm_up=0,
     )  # fmt: skip
-    buffer, clock = ReplayBuffer(1000, Prioritized()), Clock()
-    if not cached:
-        sample = buffer.sample
+    parts = dict.fromkeys(("invert", "remember", "distil"), 0.0)
 
-        def forgetful(count, random):
-            drawn = sample(count, random)
-            return type(drawn)(drawn.indices, drawn.images, None, drawn.weights)
+    def timed(name):
+        plain = getattr(module, name)
 
-        buffer.sample = forgetful
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[buffer, clock, ChannelsLast()],
-    )  # fmt: skip
-    trainer.fit(module, datamodule=Rounds(rounds + 1, num_classes=10, image_shape=(3, 32, 32)))
-    return clock.seconds / rounds
+        def call(*args):
+            start = time.perf_counter()
+            found = plain(*args)
+            parts[name] += time.perf_counter() - start
+            return found
+
+        return call
+
+    for name in parts:
+        setattr(module, name, timed(name))
+    clock = Clock()
+    memory = ReplayBuffer if cached else Forgetful
+    callbacks = [memory(1000, Prioritized()), clock]
+    callbacks += [ChannelsLast()] * last + [HooksOn()] * hooks
+    data = Rounds(rounds + 1, num_classes=10, image_shape=(3, 32, 32))
+    bare_trainer(callbacks, max_epochs=1).fit(module, datamodule=data)
+    return clock.seconds / rounds, {name: value / (rounds + 1) for name, value in parts.items()}
 
 
 def plain(rounds: int) -> float:
@@ -157,19 +184,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet(options.threads)
     ours(1)
-    times = [
-        (plain(options.rounds), ours(options.rounds), ours(options.rounds, cached=False))
-        for _ in range(options.turns)
-    ]
-    names = ("plain loop, pool on disk", "lightning_kd", "the same, teacher asked at every draw")
-    for side, name in enumerate(names):
-        seconds = statistics.median(t[side] for t in times)
-        ratio = statistics.median(t[0] / t[side] for t in times)
-        print(f"{name:<40}{1e3 * seconds:8.0f} ms a round   {ratio:5.2f} times as fast")
+    sides: dict[str, Callable[[], float]] = {
+        "plain loop, pool on disk": lambda: plain(options.rounds),
+        "lightning_kd": lambda: ours(options.rounds)[0],
+        "... channels first": lambda: ours(options.rounds, last=False)[0],
+        "... teacher asked at every draw": lambda: ours(options.rounds, cached=False)[0],
+        "... and measured at every draw": lambda: ours(options.rounds, False, hooks=True)[0],
+    }
+    times = [{name: side() for name, side in sides.items()} for _ in range(options.turns)]
+    first = next(iter(sides))
+    for name in sides:
+        seconds = statistics.median(t[name] for t in times)
+        ratio = statistics.median(t[first] / t[name] for t in times)
+        print(f"{name:<34}{1e3 * seconds:8.0f} ms a round   {ratio:5.2f} times as fast")
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        _, parts = ours(1)
+    found = sorted(seen.key_averages(), key=lambda each: -each.self_cpu_time_total)
+    total = sum(each.self_cpu_time_total for each in found)
+    print("\nWhere a round goes:", ", ".join(f"{k} {v:.1f} s" for k, v in parts.items()))
+    for each in found[:8]:
+        print(f"{each.key:<34}{100 * each.self_cpu_time_total / total:8.1f} %")
 
 
 if __name__ == "__main__":

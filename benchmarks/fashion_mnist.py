@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_kd.cli import main
+from runs import read, run_missing
 
 RESULTS = Path("benchmarks/results/fashion_mnist.jsonl")
 METHODS = {
@@ -69,12 +70,6 @@ def run(method: str, fraction: float, seed: int) -> dict:
     }
 
 
-def rows() -> list[dict]:
-    return (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
-
-
 def table() -> str:
     """Mean and standard deviation; gain over labels alone in standard errors.
 
@@ -88,7 +83,7 @@ def table() -> str:
         for method, name in METHODS.items():
             values = {
                 r["seed"]: 100 * r["accuracy"]
-                for r in rows()
+                for r in read(RESULTS)
                 if r["method"] == method and r["fraction"] == fraction
             }
             if len(values) < 2:
@@ -117,14 +112,11 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()
     if options.what == "run":
-        for seed in options.seeds:
-            for fraction in LABELS:
-                for method in options.methods:
-                    key = (method, fraction, seed)
-                    if key in {(r["method"], r["fraction"], r["seed"]) for r in rows()}:
-                        continue
-                    result = run(*key)
-                    RESULTS.parent.mkdir(exist_ok=True)
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
+        jobs = [
+            (method, fraction, seed)
+            for seed in options.seeds
+            for fraction in LABELS
+            for method in options.methods
+        ]
+        run_missing(RESULTS, ("method", "fraction", "seed"), jobs, run)
     print(table())

@@ -17,16 +17,13 @@ skips those that are there; give ``--part 0 2`` and ``--part 1 2`` to two proces
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.callbacks import LossWeightScheduler
@@ -63,6 +60,7 @@ from lightning_kd.weighting import (
     Uniform,
     save_domain,
 )
+from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/multi_teacher.jsonl")
 TEACHERS = ("wide_resnet", "resnet20", "resnet8")
@@ -180,17 +178,14 @@ def run(arm: str, seed: int, spoiled: bool) -> dict:
     callbacks = []
     if arm == "KnowledgeFlow":
         callbacks.append(LossWeightScheduler(Linear(0.01, 10.0, EPOCHS // 2), "knowledge_flow"))
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, callbacks=callbacks,
-        gradient_clip_val=5.0, num_sanity_val_steps=0, **quiet,
-    )  # fmt: skip
+    trainer = bare_trainer(
+        callbacks, max_epochs=EPOCHS, gradient_clip_val=5.0, num_sanity_val_steps=0
+    )
     start = time.perf_counter()
     trainer.fit(module, datamodule=data(seed))
     seconds = time.perf_counter() - start
     trust = mean_trust(module, seed) if make is not None and "alone" not in arm else None
-    test = Trainer(accelerator="cpu", **quiet)
-    (scores,) = test.test(Supervised(student), datamodule=data(seed), verbose=False)
+    (scores,) = bare_trainer().test(Supervised(student), datamodule=data(seed), verbose=False)
     return {
         "arm": arm,
         "seed": seed,
@@ -223,28 +218,20 @@ def mean_trust(module: MultiTeacher, seed: int) -> list[float]:
     return [round(float(t), 4) for t in total]
 
 
-def rows() -> list[dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def table(spoiled: bool = False) -> str:
     """Mean and standard deviation; paired differences with their standard errors."""
     found: dict[str, dict[int, dict]] = {}
-    for row in rows():
+    for row in read(RESULTS):
         if row["spoiled"] == spoiled:
             found.setdefault(row["arm"], {})[row["seed"]] = row
 
     def against(arm: str, base: str) -> str:
         if arm == base or base not in found:
             return ""
-        pairs = [
-            100 * (r["accuracy"] - found[base][s]["accuracy"])
-            for s, r in found[arm].items()
-            if s in found[base]
-        ]
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5
-        return f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
+        mine, theirs = (
+            {s: 100 * r["accuracy"] for s, r in found[name].items()} for name in (arm, base)
+        )
+        return gain(mine, theirs)
 
     lines = [
         "| arm | test accuracy % | cross-entropy | over labels alone | over Uniform | trust |",
@@ -259,8 +246,7 @@ def table(spoiled: bool = False) -> str:
         trust = [r["trust"] for r in runs.values() if r["trust"]]
         means = " / ".join(f"{statistics.mean(t):.2f}" for t in zip(*trust, strict=True))
         lines.append(
-            f"| {arm} | {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} "
-            f"(n={len(accuracy)}) | {loss:.3f} | {against(arm, 'labels alone')} | "
+            f"| {arm} | {spread(accuracy)} | {loss:.3f} | {against(arm, 'labels alone')} | "
             f"{against(arm, 'Uniform')} | {means} |"
         )
     return "\n".join(lines)
@@ -282,22 +268,14 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--spoiled", action="store_true")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1])
+    add_part(parser)
     options = parser.parse_args()
     if options.what == "run":
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        torch.set_num_threads(1)
+        quiet()
         prepare()
         arms = options.arms or (SPOILED if options.spoiled else list(ARMS))
         jobs = [(arm, seed, options.spoiled) for seed in options.seeds for arm in arms]
-        for job in jobs[options.part[0] :: options.part[1]]:
-            if job in {(r["arm"], r["seed"], r["spoiled"]) for r in rows()}:
-                continue
-            result = run(*job)
-            print(result, flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        run_missing(RESULTS, ("arm", "seed", "spoiled"), jobs, run, options.part)
     else:
         print(table())
         print("\nOne teacher spoiled (the first):\n")

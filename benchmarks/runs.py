@@ -22,12 +22,19 @@ def quiet(threads: int = 1) -> None:
     torch.set_num_threads(threads)
 
 
-def bare_trainer(callbacks: Iterable[Callback] = (), **options: Any) -> Trainer:
-    """A trainer on the CPU that writes and prints nothing."""
+def bare_trainer(
+    callbacks: Iterable[Callback] = (), accelerator: str = "cpu", **options: Any
+) -> Trainer:
+    """A trainer that writes and prints nothing."""
     return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
+        accelerator=accelerator,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **options,
+    )
 
 
 def add_part(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +60,9 @@ def run_missing(
     Args:
         results: File of rows.
         keys: What a job's values are called in a row.
+        jobs: Arguments of ``run``.
+        run: Returns a row, or several.
+        part: Which of how many parts of the jobs.
     """
     for job in jobs[part[0] :: part[1]]:
         if job in {tuple(row.get(key) for key in keys) for row in read(results)}:

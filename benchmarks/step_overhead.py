@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import logging
 import pstats
 import statistics
 import time
-import warnings
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_kd import MultiTeacher
 from lightning_kd.data import ImageData
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet8, resnet14, wide_resnet
+from runs import bare_trainer, quiet
 
 BATCH = 128
 
@@ -100,15 +99,7 @@ def make_ours(student: nn.Module, teachers: list[nn.Module], data: Noise):
     def epoch() -> float:
         clock = Clock()
         module = MultiTeacher(student, teachers, [SoftTarget(4.0, weight=0.9)])
-        trainer = Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[clock],
-        )
+        trainer = bare_trainer([clock], max_epochs=1)
         trainer.fit(module, datamodule=data)
         return clock.seconds
 
@@ -122,9 +113,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="width of all networks")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet(options.threads)
     data = Noise(batch_size=BATCH, val_split=0.0)
     data.setup("fit")
     plain = make_plain(*networks(options.scale), data)
