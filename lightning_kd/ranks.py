@@ -17,6 +17,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if distributed else 1
 
 
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of a tensor over all processes, without gradient; every process must ask."""
     if world_size() > 1:
@@ -59,6 +64,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size()

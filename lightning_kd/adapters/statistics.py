@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ class InputStatistics:
             for m in network.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         ]
-        self._found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputStatistics:
+        """Share the layers, as copies of a frozen teacher do."""
+        return self
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
@@ -31,13 +34,17 @@ class InputStatistics:
 
         Mean and (biased) variance over all but the channels, in float32 at least, each (C,).
         """
-        self._found = []
-        handles = [layer.register_forward_pre_hook(self._note) for layer in self.layers]
-        try:
-            yield self._found
-        finally:
-            for handle in handles:
-                handle.remove()
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+        def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean, variance = channel_statistics(inputs[0])
+            found.append((mean, variance, layer.running_mean, layer.running_var))
+
+        with self._noting(note):
+            yield found
 
     @contextlib.contextmanager
     def described(self) -> Iterator[list[Tensor]]:
@@ -52,16 +59,14 @@ class InputStatistics:
             wide = values if values.dtype == torch.float64 else values.float()
             found.append(wide.flatten(2).mean(2) if wide.dim() > 2 else wide)
 
+        with self._noting(note):
+            yield found
+
+    @contextlib.contextmanager
+    def _noting(self, note: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
         handles = [layer.register_forward_pre_hook(note) for layer in self.layers]
         try:
-            yield found
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _note(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean, variance = channel_statistics(inputs[0])
-        self._found.append((mean, variance, layer.running_mean, layer.running_var))

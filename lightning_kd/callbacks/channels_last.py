@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
 
@@ -15,4 +16,8 @@ class ChannelsLast(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.to(memory_format=torch.channels_last)
+        def last(values: Tensor) -> Tensor:
+            images = values.dim() == 4
+            return values.contiguous(memory_format=torch.channels_last) if images else values
+
+        pl_module._apply(last)  # type: ignore[no-untyped-call]  # teachers, too

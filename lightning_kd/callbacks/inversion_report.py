@@ -78,7 +78,7 @@ class InversionReport(Callback):
         assert isinstance(pl_module, DataFree)
         if pl_module.latest is None:
             return
-        images = pl_module.latest
+        images = pl_module.like_input(pl_module.latest)  # of half precision under autocast
         answers = pl_module.teachers[0](images).logits.float().softmax(1)
         mean = answers.mean(0)
         entropy = float(torch.special.entr(mean).sum() / math.log(len(mean)))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,7 @@ from typing_extensions import override
 
 from lightning_kd.functional import kl_divergence
 from lightning_kd.modules import DataFree
-from lightning_kd.ranks import gather_objects, sum_over_ranks, world_size
+from lightning_kd.ranks import broadcast_buffers, gather_objects, sum_over_ranks, world_size
 from lightning_kd.replay import Drawn, Memory, Sampler, Uniform
 
 ROWS = ("images", "logits", "priorities")
@@ -52,6 +54,7 @@ class ReplayBuffer(Callback):
         self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict
         self.refresh = refresh
         self.memory: Memory | None = None
+        self._owner: Callable[[], Any] = lambda: None
         self._saved: dict[str, Any] | None = None
 
     def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
@@ -86,8 +89,9 @@ class ReplayBuffer(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DataFree)
         assert pl_module.num_classes is not None
-        if self.memory is not None and self._saved is None:
+        if self.memory is not None and self._saved is None and self._owner() is pl_module:
             return  # a second fit goes on with what the first has made
+        self._owner = weakref.ref(pl_module)  # of another module's images another teacher spoke
         capacity = None if self.capacity is None else self.capacity // world_size()
         self.memory = Memory(
             capacity, self.sampler, self.evict, pl_module.num_classes, pl_module.device
@@ -103,6 +107,8 @@ class ReplayBuffer(Callback):
             aged = [p.roll(-k) for p, k in zip(places, positions, strict=True)]
             age = torch.cat([torch.arange(size) for size in sizes])
             order = torch.cat(aged)[age.argsort(stable=True)]
+            if capacity is not None:  # it may not divide by the number of processes
+                order = order[-capacity * world_size() :]
             mine, position = order[rank :: world_size()], 0
         rows = {name: self._saved[name][mine] for name in ROWS}
         self.memory.load_state_dict({**rows, "position": position})
@@ -116,6 +122,7 @@ class ReplayBuffer(Callback):
             return
         assert isinstance(pl_module, DataFree)
         pl_module.student.eval()
+        broadcast_buffers(pl_module.student)  # all processes judge alike
 
         def distance(images: Tensor, logits: Tensor) -> Tensor:
             return kl_divergence(pl_module.learn(pl_module.like_input(images)).logits, logits)

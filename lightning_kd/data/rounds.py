@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_kd.data.base import ImageData
 
@@ -14,7 +14,7 @@ class Rounds(LightningDataModule):
     """Training without data: so many rounds an epoch; real images only to measure.
 
     Args:
-        rounds: Rounds an epoch.
+        rounds: Rounds an epoch, of every process.
         measure: Data whose validation and test images show what the student knows; they are never
             trained on. ``null``: nothing is measured.
         num_classes: Of the teacher, where there is no ``measure``.
@@ -54,8 +54,11 @@ class Rounds(LightningDataModule):
             self.measure.setup(stage)
 
     def train_dataloader(self) -> Any:
-        """Numbers of rounds."""
-        return DataLoader(range(self.rounds), batch_size=None)  # type: ignore[arg-type]
+        """Numbers of rounds; every process makes all of them."""
+        numbers: Any = range(self.rounds)
+        # else Lightning would give each process its share
+        all_of_them: Any = DistributedSampler(numbers, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(numbers, batch_size=None, sampler=all_of_them)
 
     def val_dataloader(self) -> Any:
         """Held-out images."""

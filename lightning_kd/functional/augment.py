@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_kd.functional.precision import full_precision
+
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
     """Random crop of zero-padded images and random horizontal flip, each image its own.
@@ -35,6 +37,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Te
     return images[batch, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
+@full_precision
 def resized_crop(images: Tensor, draws: Tensor, smallest: float) -> Tensor:
     """Random crop of each image, of an area from ``smallest`` to 1, resized to the whole; flipped.
 
@@ -47,7 +50,7 @@ def resized_crop(images: Tensor, draws: Tensor, smallest: float) -> Tensor:
         smallest: Area of the smallest crop, as a share of the image, in (0, 1].
 
     Returns:
-        Images of the same shape.
+        Images of the same shape, of float32 at least.
     """
     area, aspect, row, column, flip = draws.to(images.dtype).unbind(1)
     area = smallest + (1 - smallest) * area

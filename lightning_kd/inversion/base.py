@@ -77,15 +77,15 @@ class InversionTerm(nn.Module, ABC):
         """Layers of the teacher whose outputs are read."""
         return ()
 
-    def build(self, channels: Sequence[int]) -> None:
-        """Size what the term learns by the channels of the teacher's BatchNorm layers; once."""
+    def build(self, description: Tensor) -> None:
+        """Size what the term learns by the description of one image, (1, D); once."""
 
     @abstractmethod
     def forward(self, seen: Inverted) -> Tensor:
         """Unweighted scalar, to be minimised by the image source."""
 
-    def after_round(self) -> None:
-        """Called when the images of a round are done."""
+    def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
+        """Called with the images of a round that are kept, (B, C, H, W); see ``Inverted``."""
 
 
 def terms_by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:

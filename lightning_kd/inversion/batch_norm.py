@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +50,7 @@ class BatchNormStatistics(InversionTerm):
         wanted = [layer[2:] for layer in seen.statistics]
         return statistics_gap((now[2 * k], now[2 * k + 1], *wanted[k]) for k in range(len(wanted)))
 
-    def after_round(self) -> None:
+    def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
         """Move the running statistics to those of the last images."""
         if not self.momentum:
             return

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ class Contrastive(InversionTerm):
         ValueError: If a number is out of range.
 
     Source:
-        Fang et al. 2021 (CMI), https://arxiv.org/abs/2105.08584, equation 7. Differs from the
-        authors' code: the bank holds whole images, not crops too, and is smaller by default.
+        Fang et al. 2021 (CMI), https://arxiv.org/abs/2105.08584, equation 7. As in the authors'
+        code, no gradient goes through the side of whole images. Differs from it: crops are taken of
+        the augmented images, the bank holds whole images only and is smaller by default, nothing
+        but the images in the making trains the head, whose hidden layer has its ``width`` too.
     """
 
     reads_descriptions = True
@@ -47,22 +49,29 @@ class Contrastive(InversionTerm):
         learning_rate: float = 1e-3,
     ) -> None:
         super().__init__(weight)
-        if temperature <= 0 or width < 1 or bank < 0 or negatives < 0 or not 0 < smallest <= 1:
+        if temperature <= 0 or learning_rate <= 0 or not 0 < smallest <= 1:
             raise ValueError(
-                f"Expected temperature > 0, width >= 1, bank and negatives >= 0 and smallest in "
-                f"(0, 1], got {temperature}, {width}, {bank}, {negatives} and {smallest}."
+                f"Expected temperature and learning_rate > 0 and smallest in (0, 1], got "
+                f"{temperature}, {learning_rate} and {smallest}."
+            )
+        whole = all(int(number) == number for number in (width, bank, negatives))
+        if not whole or width < 1 or bank < 0 or negatives < 0:
+            raise ValueError(
+                f"Expected whole numbers: width >= 1, bank and negatives >= 0, got {width}, {bank} "
+                f"and {negatives}."
             )
         self.temperature, self.width, self.smallest = temperature, width, smallest
         self.capacity, self.negatives, self.learning_rate = bank, negatives, learning_rate
         self.head: nn.Module | None = None
         self._bank = torch.empty(0)
-        self._last: Tensor | None = None
 
-    def build(self, channels: Sequence[int]) -> None:
-        """Make the head for descriptions of so many channels."""
+    def build(self, description: Tensor) -> None:
+        """Make the head for descriptions like this one, (1, D)."""
         self.head = nn.Sequential(
-            nn.Linear(sum(channels), self.width), nn.ReLU(), nn.Linear(self.width, self.width)
-        )
+            nn.Linear(description.shape[1], self.width),
+            nn.ReLU(),
+            nn.Linear(self.width, self.width),
+        ).to(description)
 
     def forward(self, seen: Inverted) -> Tensor:
         """Scalar; see ``InversionTerm.forward``."""
@@ -71,23 +80,24 @@ class Contrastive(InversionTerm):
         assert seen.random is not None
         images, device = seen.images, seen.images.device
         draws = torch.rand(len(images), 5, generator=seen.random, device=device)
-        whole, crop = seen.description, seen.describe(resized_crop(images, draws, self.smallest))
-        self._last = whole.detach()
+        whole = seen.description
+        crop = seen.describe(resized_crop(images, draws, self.smallest).to(images.dtype))
         others = self._bank.to(whole)
         if len(others) > self.negatives:
             chosen = torch.randint(
                 len(others), (self.negatives,), generator=seen.random, device=device
             )
             others = others[chosen]
-        told = self.head(torch.cat([crop, whole, others]))
-        crops, wholes = told[: len(images)], told[len(images) :]
+        own = next(self.head.parameters())
+        told = self.head(torch.cat([crop, whole, others]).to(own.dtype))
+        crops, wholes = told[: len(images)], told[len(images) :].detach()
         return info_nce(crops, wholes, self.temperature).mean()
 
-    def after_round(self) -> None:
-        """Remember what the last images were like."""
-        if self._last is not None and self.capacity:
-            self._bank = torch.cat([self._bank.to(self._last), self._last])[-self.capacity :]
-        self._last = None
+    def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
+        """Remember what the images that were kept are like."""
+        if self.capacity:
+            kept = describe(images)
+            self._bank = torch.cat([self._bank.to(kept), kept])[-self.capacity :]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The bank, for the checkpoint; no buffer, which DDP would overwrite."""

@@ -264,6 +264,11 @@ class Distiller(LightningModule):
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
 
+    def common_seed(self, seed: int | None) -> int:
+        """A seed of draws that all processes make alike: this one, or else the run's."""
+        mine = torch.initial_seed() % 2**31 if seed is None else seed
+        return int(self.trainer.strategy.broadcast(mine))
+
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
         # a checkpoint that was only loaded, not resumed, leaves the user's seed alone

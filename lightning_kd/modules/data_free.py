@@ -14,7 +14,7 @@ from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.modules.inverting import Inverting
 from lightning_kd.modules.lessons import lesson
-from lightning_kd.ranks import broadcast_buffers
+from lightning_kd.ranks import broadcast_buffers, gather_objects, world_size
 from lightning_kd.replay import Drawn, Remembers
 from lightning_kd.replay.memory import from_bytes, to_bytes
 from lightning_kd.sources import ImageSource, Targets
@@ -106,11 +106,13 @@ class DataFree(Inverting):
             )
         if distance not in ("kl", "l1", "mse"):
             raise ValueError(f'Expected distance "kl", "l1" or "mse", got {distance!r}.')
-        if reset_rounds and type(source).reset is ImageSource.reset:
+        if reset_rounds and isinstance(source, ImageSource) and not source.resets:
             raise ValueError(
-                f"Expected no reset_rounds with {type(source).__name__}, which learns nothing that "
-                f"it could forget, got {reset_rounds}."
+                f"Expected no reset_rounds with this {type(source).__name__}, which has no linear "
+                f"layer that learns over the rounds to forget, got {reset_rounds}."
             )
+        if crop_padding < 0:
+            raise ValueError(f"Expected crop_padding >= 0, got {crop_padding}.")
         if temperature <= 0:
             raise ValueError(f"Expected temperature > 0, got {temperature}.")
         self.take(
@@ -245,14 +247,26 @@ class DataFree(Inverting):
         # of a checkpoint that was only loaded, nothing but the weights goes on
         if self.trainer.ckpt_path is not None and self._saved is not None:
             self.rounds, self.seed = self._saved["rounds"], self._saved["seed"]
+            seen = self._saved["seen"]
+            if len(seen) == world_size():  # else all go on with what the first has seen
+                for name, state in seen[self.global_rank].items():
+                    self.terms[name].set_extra_state(state)
         self._saved = None
-        if self.seed is None:
-            self.seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
+        self.seed = self.common_seed(self.seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of rounds and the seed."""
+        """Keep the number of rounds, the seed, and what terms have seen."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["data_free"] = {"rounds": self.rounds, "seed": self.seed}
+        # the state holds what the first process has seen of its images, not the others
+        stateful = nn.Module.get_extra_state
+        seen = {
+            name: term.get_extra_state()
+            for name, term in self._named()
+            if world_size() > 1 and type(term).get_extra_state is not stateful
+        }
+        checkpoint["data_free"] = {
+            "rounds": self.rounds, "seed": self.seed, "seen": gather_objects(seen),
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with them."""

@@ -33,6 +33,13 @@ class Inverting(ManualSteps, OneStudent):
         self, source: ImageSource, terms: Sequence[InversionTerm], targets: Targets | None
     ) -> None:
         """Take over what makes images; call it once, after ``take``."""
+        for name, part, kind in (
+            ("source", source, ImageSource),
+            ("targets", targets or RandomLabels(), Targets),
+            ("terms", terms, list),
+        ):
+            if not isinstance(part, kind):
+                raise TypeError(f"Expected {name} of type {kind.__name__}, got {part!r}.")
         self.source, self.targets = source, targets or RandomLabels()
         self.terms = nn.ModuleDict(terms_by_name(terms))
         self.memory: Remembers | None = None
@@ -50,7 +57,7 @@ class Inverting(ManualSteps, OneStudent):
         """Make the images of a round: those of the least loss, and the last loss's terms."""
         self.student.eval()
         optimizer, wishing = self._own_optimizer("source"), self._own_optimizer("terms")
-        learned = list(self.terms.parameters())
+        learned = [p for p in self.terms.parameters() if p.requires_grad]
         assert self.input_shape is not None
         self.source.begin(self.round_images, self.input_shape, self._random)
         assert self.num_classes is not None
@@ -71,7 +78,7 @@ class Inverting(ManualSteps, OneStudent):
                 # on the device: asking which is better would wait for it
                 best = now if step == 0 else torch.where(loss < least, now, best)
                 least = loss.detach() if step == 0 else torch.minimum(loss.detach(), least)
-                if wishing is not None:
+                if wishing is not None and loss.requires_grad:
                     wishing.zero_grad()
                     torch.autograd.backward(loss, inputs=learned, retain_graph=True)
                     average_gradients(learned)
@@ -79,8 +86,9 @@ class Inverting(ManualSteps, OneStudent):
                 if wishing is not None:  # not before, since both need the same weights
                     wishing.step()
         self.source.end(optimizer)
-        for _, term in self._named():
-            term.after_round()
+        with torch.no_grad():
+            for _, term in self._named():
+                term.after_round(best, self._describe)
         return best, {f"invert/{name}": value.detach() for name, value in terms.items()}
 
     def judge(self, images: Tensor, target: Tensor | None) -> dict[str, Tensor]:
@@ -139,6 +147,12 @@ class Inverting(ManualSteps, OneStudent):
             return
         super().prepare(x)
         (teacher,) = self._teachers()
+        if teacher.classes is not None:
+            raise ValueError(
+                "Expected a teacher that knows all classes, got one that knows some only: images "
+                "of the others cannot be made. Give its network itself and a student of as many "
+                "classes."
+            )
         self._statistics = InputStatistics(teacher.network)
         self.targets.attach(teacher.network)
         readers = [n for n, t in self._named() if t.reads_statistics or t.reads_descriptions]
@@ -149,8 +163,11 @@ class Inverting(ManualSteps, OneStudent):
             )
             for name in readers:
                 del self.terms[name]
-        for _, term in self._named():
-            term.build([layer.num_features for layer in self._statistics.layers])
+        if any(term.reads_descriptions for _, term in self._named()):
+            with torch.no_grad():
+                like = self._describe(x[:1]).to(x.dtype)
+            for _, term in self._named():
+                term.build(like)
         layers = [n for loss in self._losses() for n in loss.teacher_layers(0)]
         layers += [n for _, term in self._named() for n in term.teacher_layers()]
         teacher.listen(layers)
@@ -163,9 +180,9 @@ class Inverting(ManualSteps, OneStudent):
         first: Any = super().configure_optimizers()
         first = first if isinstance(first, dict) else {"optimizer": first}
         groups = [
-            {"params": list(term.parameters()), "lr": term.learning_rate}
+            {"params": learned, "lr": term.learning_rate}
             for _, term in self._named()
-            if any(True for _ in term.parameters())
+            if (learned := [p for p in term.parameters() if p.requires_grad])
         ]
         own = {
             "source": self.source.make_optimizer(),

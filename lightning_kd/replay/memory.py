@@ -88,7 +88,7 @@ class Memory:
         if self.capacity is not None and count > self.capacity:
             raise ValueError(
                 f"Expected at most {self.capacity} images at once, the memory's capacity, got "
-                f"{count}: raise capacity, or make fewer images a round."
+                f"{count}: raise capacity, or make fewer images (or views) a round."
             )
         self._make_room(images, logits)
         free = min(count, len(self.images) - self.size)

@@ -20,6 +20,11 @@ class ImageSource(nn.Module, ABC):
     #: whether good images take a round to make, so that they must be remembered
     slow = False
 
+    @property
+    def resets(self) -> bool:
+        """Whether ``reset`` has something to forget."""
+        return False
+
     def make_optimizer(self) -> Optimizer | None:
         """Optimizer that outlives a round and is kept in checkpoints; None: there is none."""
         return None

@@ -34,6 +34,11 @@ class Generator(ImageSource):
         self.network, self.learning_rate, self.latent = network, learning_rate, latent
         self._count, self._random = 0, torch.Generator()
 
+    @property
+    def resets(self) -> bool:
+        """Whether there is a first linear layer."""
+        return any(isinstance(layer, nn.Linear) for layer in self.network.modules())
+
     def make_optimizer(self) -> Optimizer | None:
         """Adam over the network."""
         return self._adam(self.network.parameters(), self.learning_rate)

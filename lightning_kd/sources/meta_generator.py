@@ -48,7 +48,8 @@ class MetaGenerator(Generator):
     def begin(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
         """Copy the network and draw noise, which is trained along."""
         first = next(self.network.parameters())
-        if not self._twin or next(self._twin[0].parameters()).device != first.device:
+        old = next(self._twin[0].parameters()) if self._twin else None
+        if old is None or (old.device, old.dtype) != (first.device, first.dtype):
             self._twin = (copy.deepcopy(self.network),)
         with torch.no_grad():
             start = self._anew(random) if self.meta == "none" else self.network
@@ -95,6 +96,11 @@ class MetaGenerator(Generator):
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * self._steps
         optimizer.step()
+
+    @property
+    def resets(self) -> bool:
+        """Whether the start learns, and has a first linear layer."""
+        return self.meta != "none" and super().resets
 
     def make_optimizer(self) -> Optimizer | None:
         """Adam over the start, if it learns."""

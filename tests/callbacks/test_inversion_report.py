@@ -25,14 +25,14 @@ class Network(nn.Module):
         return (self.spread * self.linear(z)).sigmoid().view(-1, 1, 8, 8)
 
 
-def fit(tiny, make_trainer, tmp_path, spread=1.0, callbacks=(), **options):
+def fit(tiny, make_trainer, tmp_path, spread=1.0, callbacks=(), trainer=None, **options):
     torch.manual_seed(0)
     module = DataFree(
         tiny(4), tiny(8), Generator(Network(spread)), [OneHot(modulate=True)], round_images=32,
         source_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     report = InversionReport(str(tmp_path), **{"least_entropy": 0.0, **options})
-    trainer = make_trainer(max_epochs=3, callbacks=[report, *callbacks])
+    trainer = make_trainer(max_epochs=3, callbacks=[report, *callbacks], **(trainer or {}))
     trainer.fit(module, datamodule=Rounds(2, num_classes=10, image_shape=(1, 8, 8)))
     return report, trainer
 
@@ -51,6 +51,12 @@ def test_pictures_and_numbers(tiny, make_trainer, tmp_path, remembers):
         report.history[-1]["class_entropy"]
     )
     assert float(logged["inversion/pixel_spread"]) > 0.02
+
+
+def test_pictures_under_mixed_precision(tiny, make_trainer, tmp_path):
+    """The generator gives half precision, the teacher is asked outside of the training step."""
+    report, _ = fit(tiny, make_trainer, tmp_path, trainer={"precision": "bf16-mixed"}, every=2)
+    assert len(report.history) == 3
 
 
 def test_collapse_is_told(tiny, make_trainer, tmp_path):

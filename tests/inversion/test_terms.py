@@ -24,6 +24,7 @@ from lightning_kd.modules import DataFree
 from lightning_kd.sources import Pixels
 from tests import reference
 
+NOTHING = (torch.empty(0), lambda images: images)
 DISTANCES = ["kl", "l1", "js"]
 
 
@@ -250,12 +251,12 @@ def test_momentum_shrinks_the_gradient_from_the_second_round_on(momentum):
     network, images = layers(), torch.randn(4, 1, 4, 4).double()
     plain, term = BatchNormStatistics(), BatchNormStatistics(momentum=momentum)
     value, whole = gradient(plain, network, images)
-    plain.after_round()
+    plain.after_round(*NOTHING)
     torch.testing.assert_close(gradient(term, network, images), (value, whole))
     # until the round is over nothing is remembered
     torch.testing.assert_close(gradient(term, network, images), (value, whole))
     for _ in range(3):
-        term.after_round()
+        term.after_round(*NOTHING)
         again, part = gradient(term, network, images)
         torch.testing.assert_close(again, value)
         torch.testing.assert_close(part, (1 - momentum) * whole)
@@ -282,7 +283,7 @@ def test_the_running_statistics_move_as_said():
         )
         value, _ = gradient(term, network, images)
         torch.testing.assert_close(value, slow)
-        term.after_round()
+        term.after_round(*NOTHING)
         running = compared
 
 
@@ -291,7 +292,7 @@ def test_running_statistics_go_through_a_checkpoint():
     term, other = (BatchNormStatistics(momentum=0.9) for _ in range(2))
     for _ in range(2):
         gradient(term, network, torch.randn(4, 1, 4, 4).double())
-        term.after_round()
+        term.after_round(*NOTHING)
     assert not list(term.buffers())  # which several processes would overwrite
     other.load_state_dict(copy.deepcopy(term.state_dict()))
     for _ in range(2):
@@ -300,8 +301,8 @@ def test_running_statistics_go_through_a_checkpoint():
             gradient(term, network, images), gradient(other, network, images), strict=True
         ):
             assert torch.equal(a, b)
-        term.after_round()
-        other.after_round()
+        term.after_round(*NOTHING)
+        other.after_round(*NOTHING)
 
 
 def test_running_statistics_follow_the_network_after_a_checkpoint():
@@ -310,7 +311,7 @@ def test_running_statistics_follow_the_network_after_a_checkpoint():
     term.set_extra_state({"running": [torch.zeros(2), torch.ones(2)]})
     layer = [torch.ones(2, device="meta") for _ in range(4)]
     term(seen(statistics=[tuple(layer)]))
-    term.after_round()
+    term.after_round(*NOTHING)
     assert [value.device.type for value in term._running] == ["meta", "meta"]
     term(seen(statistics=[tuple(layer)]))
 
@@ -626,8 +627,8 @@ def contrast(term, network, images, seed=0):
 
 def contrastive(**options):
     term = Contrastive(**{"width": 4, "bank": 7, "negatives": 7, **options})
-    term.build([1, 3, 5])
-    return term.double()
+    term.build(torch.zeros(1, 9, dtype=torch.float64))
+    return term
 
 
 def test_contrastive_equals_the_reference_and_remembers_so_many():
@@ -646,9 +647,13 @@ def test_contrastive_equals_the_reference_and_remembers_so_many():
         draws = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
         crop = describe(resized_crop(images, draws, 0.25))
         others = torch.cat([whole, bank])
-        slow = reference.info_nce(term.head(crop), term.head(others), 0.1).mean()
+        slow = reference.info_nce(term.head(crop), term.head(others).detach(), 0.1).mean()
         torch.testing.assert_close(value, slow)
-        term.after_round()
+        learned = list(term.head.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(value, learned), torch.autograd.grad(slow, learned)
+        )
+        term.after_round(images, describe)
         bank = torch.cat([bank, whole])[-7:]
         torch.testing.assert_close(term._bank, bank)
 
@@ -677,8 +682,7 @@ def test_contrastive_spreads_equal_images_apart():
 def test_contrastive_goes_through_a_checkpoint():
     network, term = layers(), contrastive(bank=5)
     for _ in range(2):
-        contrast(term, network, torch.rand(3, 1, 4, 4).double())
-        term.after_round()
+        term.after_round(torch.rand(3, 9).double(), lambda images: images)
     other = contrastive(bank=5)
     other.load_state_dict(copy.deepcopy(term.state_dict()))
     images = torch.rand(3, 1, 4, 4).double()
@@ -687,8 +691,16 @@ def test_contrastive_goes_through_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"width": 0}, {"bank": -1}, {"smallest": 0.0}]
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature and learning_rate > 0"),
+        ({"learning_rate": -1.0}, "temperature and learning_rate > 0"),
+        ({"smallest": 0.0}, "smallest in"),
+        ({"width": 0}, "whole numbers"),
+        ({"bank": -1}, "whole numbers"),
+        ({"negatives": 2.5}, "whole numbers"),
+    ],
 )
-def test_bad_numbers_of_contrastive_are_refused(options):
-    with pytest.raises(ValueError, match="Expected temperature > 0"):
+def test_bad_numbers_of_contrastive_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         Contrastive(**options)

@@ -1,6 +1,7 @@
 """A student without data: rounds, resume, several processes, precision, and what is left alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_kd import Teacher
 from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import Digits, Rounds
 from lightning_kd.functional import kl_divergence
@@ -24,7 +26,7 @@ from lightning_kd.inversion import (
 from lightning_kd.losses import AttentionTransfer
 from lightning_kd.models import ImageGenerator
 from lightning_kd.modules import DataFree
-from lightning_kd.replay import Prioritized
+from lightning_kd.replay import Memory, Prioritized, Uniform
 from lightning_kd.sources import Generator, MetaGenerator, Noise, Pixels, TeacherLabels
 from tests.modules.test_ranks import launch
 
@@ -348,7 +350,9 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
         ({"distance": "cosine"}, '"kl", "l1" or "mse"'),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"views": 2}, "views >= 1 together with"),
-        ({"source": "pixels", "reset_rounds": [3]}, "no reset_rounds with Pixels"),
+        ({"source": "pixels", "reset_rounds": [3]}, "no reset_rounds with this Pixels"),
+        ({"source": "none", "reset_rounds": [3]}, "no reset_rounds with this MetaGenerator"),
+        ({"crop_padding": -1}, "crop_padding >= 0"),
     ],
 )
 def test_wrong_options_are_told(build, options, message):
@@ -367,9 +371,110 @@ def test_a_missing_memory_is_told(build, make_trainer, source, options):
         make_trainer().fit(build(source, warm_up=9, **options), datamodule=rounds())
 
 
+def test_parts_of_other_types_are_told(build, tiny):
+    for options in ({"terms": OneHot()}, {"targets": 3}):
+        with pytest.raises(TypeError, match=f"Expected {next(iter(options))} of type"):
+            build(**options)
+    with pytest.raises(TypeError, match="source of type ImageSource"):
+        DataFree(tiny(4), tiny(8), network(), [OneHot()])
+
+
+def test_a_teacher_of_some_classes_is_refused(tiny):
+    teacher = Teacher(tiny(8), classes=list(range(10)), num_classes=12)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+    module = DataFree(student, teacher, Generator(network()), [OneHot()])
+    with pytest.raises(ValueError, match="knows all classes"):
+        module.prepare(torch.rand(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_any_number_of_processes_goes_on_with_the_newest(monkeypatch, build, before, after):
+    """By the shares that the callback deals out; the ring is what the processes had together."""
+    capacity = 40
+    shards, state = [], {"sizes": [], "positions": []}
+    for rank in range(before):
+        ring = Memory(capacity // before, Uniform(), "oldest", 10, torch.device("cpu"))
+        for turn in range(7):  # image number `turn` of this process, all pixels alike
+            images = torch.full((capacity // before // 4, 1, 2, 2), turn / 255)
+            ring.extend(
+                images, torch.eye(10)[rank].expand(len(images), 10), torch.ones(len(images))
+            )
+        shards.append(ring.state_dict())
+        state["sizes"].append(len(ring))
+        state["positions"].append(ring.position)
+    for name in ("images", "logits", "priorities"):
+        state[name] = torch.cat([shard[name] for shard in shards])
+    kept = []
+    for rank in range(after):
+        monkeypatch.setattr("lightning_kd.callbacks.replay_buffer.world_size", lambda: after)
+        buffer = ReplayBuffer(capacity)
+        buffer.load_state_dict(state)
+        buffer.on_train_start(SimpleNamespace(global_rank=rank), build(num_classes=10))
+        assert len(buffer.memory) <= capacity // after
+        ages = buffer.memory.images[:, 0, 0, 0].roll(-buffer.memory.position, 0).tolist()
+        assert ages == sorted(ages)  # the oldest goes first
+        kept += ages
+    every = sorted(state["images"][:, 0, 0, 0].tolist())
+    assert sorted(kept) == every[len(every) - len(kept) :]
+    assert len(kept) == min(len(every), capacity // after * after)
+
+
+def test_a_memory_of_another_module_is_not_taken_over(build, make_trainer):
+    buffer = memory()
+    make_trainer(max_epochs=1, callbacks=[buffer]).fit(build(), datamodule=rounds())
+    other = build(seed=5)
+    make_trainer(max_epochs=1, callbacks=[buffer]).fit(other, datamodule=rounds(1))
+    assert len(buffer.memory) == 16
+
+
+def test_a_module_can_be_copied_after_a_fit(build, make_trainer):
+    module = build()
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    twin = copy.deepcopy(module)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(twin, datamodule=rounds())
+    assert twin.rounds == 8
+
+
+class Odd(nn.Module):
+    """A teacher with a layer that does not run, and one that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.twice, self.idle = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(7)
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.fc(self.twice(self.twice(self.conv(x)).relu()).mean((2, 3)))
+
+
+def test_contrastive_counts_the_layers_that_run(tiny, make_trainer):
+    module = DataFree(
+        tiny(4), Odd(), Generator(network()), [BatchNormStatistics(), Contrastive(width=4)],
+        round_images=8, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+    )  # fmt: skip
+    make_trainer(max_epochs=1).fit(module, datamodule=rounds())
+    assert module.terms["contrastive"].head[0].in_features == 6
+
+
+def test_a_term_may_hold_frozen_weights(build, make_trainer):
+    class Fixed(Contrastive):
+        def build(self, description):
+            super().build(description)
+            self.head[0].requires_grad_(False)
+
+    module = build(terms=[OneHot(), Fixed(width=4)])
+    module.prepare(torch.rand(1, 1, 8, 8))
+    start = weights(module)
+    make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
+    changed = {k for k, v in weights(module).items() if not torch.equal(v, start[k])}
+    assert "terms.fixed.head.2.weight" in changed
+    assert "terms.fixed.head.0.weight" not in changed
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_true_precisions(build, make_trainer, precision):
-    module = build()
+    module = build(terms=[BatchNormStatistics(), OneHot(), Adversarial(), Contrastive(width=4)])
     trainer = make_trainer(max_epochs=1, precision=precision, callbacks=[memory()])
     trainer.fit(module, datamodule=rounds())
     assert torch.isfinite(trainer.callback_metrics["train/distil"])
@@ -429,7 +534,7 @@ from tests.conftest import TinyNet
 from lightning_kd import DataFree
 from lightning_kd.callbacks import ReplayBuffer
 from lightning_kd.data import Rounds
-from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.inversion import Adversarial, BatchNormStatistics, Contrastive, OneHot
 from lightning_kd.models import ImageGenerator
 from lightning_kd.replay import Prioritized
 from lightning_kd.sources import Generator, MetaGenerator
@@ -439,7 +544,8 @@ def make(source):
     net = ImageGenerator((1, 8, 8), latent=8, width=4)
     return DataFree(
         TinyNet(4), TinyNet(8), {"g": Generator, "m": MetaGenerator}[source](net),
-        [BatchNormStatistics(), OneHot(modulate=True), Adversarial()], round_images=16,
+        [BatchNormStatistics(momentum=0.9), OneHot(modulate=True), Adversarial(),
+         Contrastive(width=8, bank=20)], round_images=16,
         source_steps=2, student_steps=2, batch_size=8, warm_up=1,
     )
 
@@ -448,7 +554,8 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     for source in ("g", "m"):
         torch.manual_seed(1)
-        module, buffer = make(source), ReplayBuffer(40, Prioritized())
+        refresh = source == "m"
+        module, buffer = make(source), ReplayBuffer(40, Prioritized(), refresh=refresh)
         def trainer(epochs, callback, devices=2):
             return Trainer(
                 max_epochs=epochs, accelerator="cpu", devices=devices, logger=False,
@@ -473,17 +580,26 @@ if __name__ == "__main__":
         torch.distributed.all_reduce(total)
         torch.testing.assert_close(share, total / 40)
 
-        half, first = make(source), ReplayBuffer(40, Prioritized())
+        assert module.rounds == 8
+        half, first = make(source), ReplayBuffer(40, Prioritized(), refresh=refresh)
         run = trainer(1, first)
         run.fit(half, datamodule=data)
         run.save_checkpoint(f"{folder}/{source}.ckpt")
-        again, resumed = make(source), ReplayBuffer(40, Prioritized())
+        again, resumed = make(source), ReplayBuffer(40, Prioritized(), refresh=refresh)
         run = trainer(2, resumed)
         run.fit(again, datamodule=data, ckpt_path=f"{folder}/{source}.ckpt")
         for a, b in zip(module.parameters(), again.parameters()):
             assert torch.equal(a, b)
         assert torch.equal(resumed.memory.images, images)
         assert torch.equal(resumed.memory.priorities, buffer.memory.priorities)
+        for term in ("batch_norm_statistics", "contrastive"):
+            one, two = (m.terms[term].get_extra_state() for m in (module, again))
+            for a, b in zip(*(list(s.values())[0] for s in (one, two))):
+                assert torch.equal(a, b), term
+        # nobody has a gradient, and nothing is said about it
+        waiting = make(source)
+        waiting.terms = torch.nn.ModuleDict({"adversarial": waiting.terms["adversarial"]})
+        trainer(1, ReplayBuffer(40)).fit(waiting, datamodule=Rounds(1, None, 10, (1, 8, 8)))
         if run.is_global_zero:
             torch.save(module.state_dict(), f"{folder}/{source}.pt")
 """
