@@ -65,6 +65,9 @@ class Setting:
     scale: int
     every: int  # rounds between two measurements
     batch_norm: float
+    momentum: float = 0.0
+    one_hot: float = 0.5
+    adversarial: float = 1.0
     temperature: float = 4.0
     rate: float = 0.1
     views: int | None = None  # each image and its mirror image
@@ -88,8 +91,9 @@ SETTINGS = {
         CIFAR10,
         lambda: resnet14(num_classes=10, width=8),
         lambda: ImageGenerator((3, 32, 32), latent=128, width=16),
-        rounds=110, warm_up=10, source_steps=5, student_steps=25, images=64, batch=64, scale=2500,
-        every=25, batch_norm=1.0, views=2,
+        rounds=60, warm_up=10, source_steps=5, student_steps=40, images=64, batch=64, scale=1500,
+        every=10, batch_norm=10.0, momentum=0.9, one_hot=0.4, adversarial=1.1, temperature=20.0,
+        views=2,
     ),
 }  # fmt: skip
 SCALES = (0.01, 0.05, 0.10, 0.25)  # of the real training images
@@ -119,8 +123,11 @@ class Real(ImageSource):
 
 def terms(setting: Setting, modulate: bool, batch_norm: float | None = None) -> list:
     weight = setting.batch_norm if batch_norm is None else batch_norm
-    wishes = [OneHot(0.5, modulate=modulate), Adversarial(1.0, masked=True)]
-    return [BatchNormStatistics(weight), *wishes] if weight else wishes
+    wishes = [
+        OneHot(setting.one_hot, modulate=modulate),
+        Adversarial(setting.adversarial, masked=True),
+    ]
+    return [BatchNormStatistics(weight, setting.momentum), *wishes] if weight else wishes
 
 
 def inverted(sampler, keep_all: bool = False, modulate: bool = False, batch_norm=None):

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_kd.cli import main
     from lightning_kd.knowledge import Ensemble, Knowledge
-    from lightning_kd.modules import DataFree, Distiller, MultiTeacher, PeerCohort, Supervised
+    from lightning_kd.modules import (
+        DataFree,
+        Distiller,
+        MultiTeacher,
+        PeerCohort,
+        SubTeacher,
+        Supervised,
+    )
     from lightning_kd.teachers import Teacher
 
 __version__ = "0.1.0"
@@ -21,6 +28,7 @@ _HOMES = {
     "Knowledge": "knowledge",
     "MultiTeacher": "modules",
     "PeerCohort": "modules",
+    "SubTeacher": "modules",
     "Supervised": "modules",
     "Teacher": "teachers",
     "main": "cli",
@@ -33,6 +41,7 @@ __all__ = [
     "Knowledge",
     "MultiTeacher",
     "PeerCohort",
+    "SubTeacher",
     "Supervised",
     "Teacher",
     "main",

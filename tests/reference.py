@@ -500,3 +500,11 @@ def info_nce(anchors, others, temperature):
         scores = [(cosine(anchor, other) / temperature).exp() for other in others]
         values.append(-(scores[i] / sum(scores)).log())
     return torch.stack(values)
+
+
+def noisy_logits(logits, coins, noise):
+    """Sau & Balasubramanian 2016, section 3: z' = z (1 + xi) where the sample's coin says so."""
+    rows = []
+    for row, coin, xi in zip(logits, coins, noise, strict=True):
+        rows.append(torch.stack([z * (1 + x) if coin else z for z, x in zip(row, xi, strict=True)]))
+    return torch.stack(rows)

@@ -5,6 +5,15 @@ from lightning_kd.modules.data_free import DataFree
 from lightning_kd.modules.multi_teacher import MultiTeacher
 from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.modules.peer_cohort import PeerCohort
+from lightning_kd.modules.sub_teacher import SubTeacher
 from lightning_kd.modules.supervised import Supervised
 
-__all__ = ["DataFree", "Distiller", "MultiTeacher", "OneStudent", "PeerCohort", "Supervised"]
+__all__ = [
+    "DataFree",
+    "Distiller",
+    "MultiTeacher",
+    "OneStudent",
+    "PeerCohort",
+    "SubTeacher",
+    "Supervised",
+]

@@ -118,7 +118,7 @@ class OneStudent(Distiller):
         indices: Sequence[int] = ()
         members: list[Knowledge] = []
         if self.losses:
-            indices = tuple(self.weighting.active(len(self.teachers)))
+            indices = tuple(self.weighting.active(self.voices))
             readers = (*self._losses(), self.weighting)
             members = self.teach(x, indices, any(part.reads_logits for part in readers))
             for each in self._losses():
@@ -132,7 +132,7 @@ class OneStudent(Distiller):
             more, weights = lesson(student, members, indices, losses, self.weighting, target)
             self._trust = (indices, weights.detach())
             terms |= more
-        if len(indices) < len(self.teachers) and self.losses:
+        if len(indices) < self.voices and self.losses:
             # DDP and optimizers see every adapter each step, whoever was asked
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
             rest.append(student.logits.sum())
@@ -145,6 +145,11 @@ class OneStudent(Distiller):
     def forward(self, x: Tensor) -> Tensor:
         """Student's logits for images (B, C, H, W)."""
         return Knowledge.of(self.student(x)).logits
+
+    @property
+    def voices(self) -> int:
+        """How many answers there are to learn from."""
+        return len(self.teachers)
 
     @property
     def prepared(self) -> bool:
@@ -179,10 +184,7 @@ class OneStudent(Distiller):
         parts: list[DistillationLoss | Weighting] = [*self._losses(), self.weighting]
         tap = Tap(self.student, [layer for part in parts for layer in part.student_layers()])
         student = ask("the student", self.student, tap, x)
-        teachers = []
-        for index, teacher in enumerate(self._teachers()):
-            teacher.listen([n for part in parts for n in part.teacher_layers(index)])
-            teachers.append(ask(f"teacher {index}", teacher.network, teacher, x))
+        teachers = self.meet(parts, x)
         check_classes(student, teachers, self.num_classes)
         partial = any(bool((t.logits == -torch.inf).any()) for t in teachers)
         for loss in self._losses():
@@ -191,7 +193,7 @@ class OneStudent(Distiller):
                     f"Expected teachers that know all classes with {type(loss).__name__}, got one "
                     f"that knows some only: use SubsetTarget, or leave it out."
                 )
-        self.weighting.active(len(self.teachers))  # a wrong number of weights is told now
+        self.weighting.active(self.voices)  # a wrong number of weights is told now
         for part in parts:
             part.build(student, teachers)
             part.to(x.device)
@@ -203,11 +205,23 @@ class OneStudent(Distiller):
         )
         self._student_tap = tap
 
+    def meet(self, parts: Sequence[DistillationLoss | Weighting], x: Tensor) -> list[Knowledge]:
+        """Listen to the layers that these parts read, and ask every teacher about one batch."""
+        said = []
+        for index, teacher in enumerate(self._teachers()):
+            teacher.listen([n for part in parts for n in part.teacher_layers(index)])
+            said.append(ask(f"teacher {index}", teacher.network, teacher, x))
+        return said
+
     def _find_layers(self) -> None:
         if self._student_tap is not None:
             self._student_tap.hook()
         for loss in self._losses():
-            loss.attach(self.student, [teacher.network for teacher in self._teachers()])
+            loss.attach(self.student, self.networks())
+
+    def networks(self) -> list[nn.Module]:
+        """The network behind each answer."""
+        return [teacher.network for teacher in self._teachers()]
 
     def _teachers(self) -> Iterator[Teacher]:
         for teacher in self.teachers:
@@ -234,7 +248,7 @@ class OneStudent(Distiller):
         indices, weights = found
         shares = (weights.mean(1) if weights.dim() == 2 else weights).unbind()
         # who was not asked counted for nothing
-        logged = {f"trust_{m}": weights.new_zeros(()) for m in range(len(self.teachers))}
+        logged = {f"trust_{m}": weights.new_zeros(()) for m in range(self.voices)}
         return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
 
     def evaluate(self, batch: Any, stage: str) -> None:
@@ -246,7 +260,7 @@ class OneStudent(Distiller):
         members: list[Knowledge] = []
         answer = None
         if self.teachers:
-            members = self.teach(x, range(len(self.teachers)))
+            members = self.teach(x, range(self.voices))
             indices = tuple(self.weighting.active(len(members)))
             asked = [members[m] for m in indices]
             # without labels: an answer that was weighed by the right one would be no measurement
@@ -271,4 +285,4 @@ class OneStudent(Distiller):
         if self.weighting.wants_images:
             with torch.no_grad():
                 images = [x.to(self.device) for x in training_images(self, self.unpack)]
-                self.weighting.calibrate(images, [t.network for t in self._teachers()])
+                self.weighting.calibrate(images, self.networks())

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.ranks import rank
+from lightning_kd.teachers.sub_teachers import SubTeachers, generator
+from lightning_kd.teachers.teacher import Teacher
+
+
+class NoisyTeacher(SubTeachers):
+    r"""One teacher whose logits are disturbed, for each sample with a certain probability.
+
+    .. math:: z' = z \cdot (1 + c \, \xi), \quad c \sim \mathrm{Bernoulli}(a), \;
+        \xi \sim N(0, \sigma^2) \text{ for each logit}
+
+    Without noise in validation.
+
+    Args:
+        count: Disturbed answers a batch; the teacher runs once for all.
+        probability: That a sample is disturbed, :math:`a`, from 0 to 1.
+        sigma: Standard deviation of the noise, >= 0.
+        seed: Of the noise; ``null``: that of the run.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Sau & Balasubramanian 2016, https://arxiv.org/abs/1610.09650, section 3.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        probability: float = 0.5,
+        sigma: float = 0.3,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(count, seed)
+        if not 0 <= probability <= 1 or sigma < 0:
+            raise ValueError(
+                f"Expected probability from 0 to 1 and sigma >= 0, got {probability} and {sigma}."
+            )
+        self.probability, self.sigma = probability, sigma
+
+    def ask(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
+    ) -> list[Knowledge]:
+        """See ``SubTeachers.ask``."""
+        said = teacher(x, logits)
+        if not self.training or not logits:
+            return [said] * len(indices)
+        found = []
+        for index in indices:  # other samples in each process, so other noise
+            random = generator(x.device, seed, index, rank())
+            found.append(Knowledge(self.disturb(said.logits, random), said.features))
+        return found
+
+    def disturb(self, logits: Tensor, random: torch.Generator) -> Tensor:
+        """Noise on logits (B, K, ...); those of unknown classes stay minus infinity."""
+        device = logits.device
+        coin = torch.rand(len(logits), generator=random, device=device) < self.probability
+        noise = self.sigma * torch.randn(logits.shape, generator=random, device=device)
+        shape = (-1,) + (1,) * (logits.dim() - 1)
+        factor = 1 + coin.view(shape) * noise
+        return torch.where(logits.isinf(), logits, logits * factor.to(logits.dtype))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.adapters import find_layer
+from lightning_kd.adapters.paths import Branches, Paths
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.teachers.sub_teachers import SubTeachers, generator
+from lightning_kd.teachers.teacher import Teacher
+
+
+class StochasticDepth(SubTeachers):
+    r"""Paths through one teacher whose blocks are left out at random, each batch others.
+
+    .. math:: y_k = x_k + \frac{b_k}{p_k} (f_k(x_k) - x_k), \quad b_k \sim \mathrm{Bernoulli}(p_k)
+
+    Paths share what they have in common, so that m of them cost less than m teachers. The teacher
+    must have been trained so: give the same part to ``Supervised``. Its weights then work without
+    this part too, since what a block adds is divided by its probability.
+
+    Args:
+        count: Paths a batch.
+        survival: Probability :math:`p` that the last block is taken, in (0, 1].
+        decay: ``"linear"``: from 1 before the first block down to ``survival``, as published;
+            ``"constant"``: all blocks alike.
+        blocks: Dotted names of the blocks; ``null``: all elements of ``nn.Sequential`` that have
+            parts of their own and keep the shape of their input.
+        seed: Of the paths; ``null``: that of the run.
+
+    Raises:
+        ValueError: If a number is out of range, a block does not exist or changes the shape, or a
+            layer that is listened to lies inside a block.
+
+    Source:
+        Lee et al. 2020, "Stochasticity and skip connections improve knowledge transfer", EUSIPCO;
+        Huang et al. 2016, https://arxiv.org/abs/1603.09382, equations 2 to 5.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        survival: float = 0.5,
+        decay: Literal["linear", "constant"] = "linear",
+        blocks: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(count, seed)
+        if not 0 < survival <= 1:
+            raise ValueError(f"Expected survival in (0, 1], got {survival}.")
+        if decay not in ("linear", "constant"):
+            raise ValueError(f'Expected decay "linear" or "constant", got {decay!r}.')
+        self.survival, self.decay, self.blocks = survival, decay, blocks
+        self._paths: Paths | None = None
+        self._layers: list[str] = []
+
+    def prepare(self, network: nn.Module, x: Tensor) -> None:
+        """Find the blocks of a network by running it on an image (1, C, H, W)."""
+        self._paths = Paths(network, self.blocks, x)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the blocks, in the order in which they run."""
+        assert self._paths is not None
+        return self._paths.names
+
+    def probabilities(self) -> list[float]:
+        """Probability of each block to be taken."""
+        count = len(self.names)
+        if self.decay == "constant":
+            return [self.survival] * count
+        return [1 - (k + 1) / count * (1 - self.survival) for k in range(count)]
+
+    def draw(self, count: int, seed: int) -> list[list[bool]]:
+        """For each of so many paths, which blocks it takes."""
+        # on the CPU, so that nobody waits for the device
+        draws = torch.rand(count, len(self.names), generator=generator(torch.device("cpu"), seed))
+        kept: list[list[bool]] = (draws < torch.tensor(self.probabilities())).tolist()
+        return kept
+
+    @contextlib.contextmanager
+    def on(self, kept: Sequence[Sequence[bool]]) -> Iterator[Branches]:
+        """Inside, the network takes these paths."""
+        assert self._paths is not None
+        with self._paths.taken(kept, self.probabilities()) as branches:
+            yield branches
+
+    @contextlib.contextmanager
+    def one_path(self) -> Iterator[None]:
+        """Inside, the network takes one random path, another each time: how it is trained."""
+        with self.on(self.draw(1, self.next_seed())):
+            yield
+
+    def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
+        """Find the teacher's blocks, and see that nobody listens inside one."""
+        self.prepare(teacher.network, x[:1])
+        inside = {
+            part: name
+            for name in self.names
+            for part in list(find_layer(teacher.network, name).modules())[1:]
+        }
+        for layer in layers:
+            if find_layer(teacher.network, layer) in inside:
+                block = inside[find_layer(teacher.network, layer)]
+                raise ValueError(
+                    f"Expected layers that run on every path, got {layer!r} inside block "
+                    f"{block!r}, which may be left out: listen to the block itself."
+                )
+        self._layers = list(layers)
+
+    def ask(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
+    ) -> list[Knowledge]:
+        """See ``SubTeachers.ask``."""
+        kept = self.draw(self.count, seed)
+        with self.on([kept[index] for index in indices]) as branches:
+            layers = {name: find_layer(teacher.network, name) for name in self._layers}
+            with branches.watched(layers):
+                said = teacher(x, logits)
+        answers = branches.of(said.logits) if logits else [said.logits] * len(indices)
+        features = {n: branches.of(said.feature(n), branches.seen[n]) for n in self._layers}
+        return [
+            Knowledge(answer, {name: values[k] for name, values in features.items()})
+            for k, answer in enumerate(answers)
+        ]

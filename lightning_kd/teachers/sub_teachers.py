@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.functional.seeds import mixed_seed
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.teachers.teacher import Teacher
+
+
+class SubTeachers(nn.Module, ABC):
+    """Several answers of one teacher. Subclass it and give ``ask``.
+
+    Random numbers depend on the seed and on how often was asked in training, both kept in
+    checkpoints, so that a resumed run goes on as if it had never stopped.
+
+    Args:
+        count: Number of sub-teachers.
+        seed: Of random numbers; ``null``: that of the run.
+
+    Raises:
+        ValueError: If ``count`` is not positive.
+    """
+
+    def __init__(self, count: int, seed: int | None = None) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"Expected at least one sub-teacher, got {count}.")
+        self.count, self.seed, self.times = count, seed, 0
+
+    def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
+        """Look at the teacher, of which these layers are listened to, and at one image; once."""
+
+    @abstractmethod
+    def ask(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
+    ) -> list[Knowledge]:
+        """What the sub-teachers of these indices say of images (B, C, H, W).
+
+        Args:
+            teacher: The one who speaks.
+            x: Images.
+            indices: Which sub-teachers.
+            logits: Run to the end; else only as far as somebody listens.
+            seed: Of the random numbers of this batch, equal in all processes.
+        """
+
+    def forward(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool = True
+    ) -> list[Knowledge]:
+        """Ask them: in training with new random numbers each time, else always with the same."""
+        seed = self.next_seed() if self.training else mixed_seed(self.seed or 0, 0)
+        return self.ask(teacher, x, indices, logits, seed)
+
+    def next_seed(self) -> int:
+        """Of the next training batch."""
+        self.times += 1
+        return mixed_seed(self.seed or 0, self.times)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Seed and count, for the checkpoint."""
+        return {"seed": self.seed, "times": self.times}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.seed, self.times = state["seed"], state["times"]
+
+
+def generator(device: torch.device, *seeds: int) -> torch.Generator:
+    """Random numbers on a device that depend on all these numbers."""
+    return torch.Generator(device).manual_seed(mixed_seed(*seeds))
