@@ -508,3 +508,17 @@ def noisy_logits(logits, coins, noise):
     for row, coin, xi in zip(logits, coins, noise, strict=True):
         rows.append(torch.stack([z * (1 + x) if coin else z for z, x in zip(row, xi, strict=True)]))
     return torch.stack(rows)
+
+
+def hierarchical(nested, target, a, temperature):
+    """Ruiz & Verbeek 2020, section 3.2: sum_b (1 - a) CE(F_b, y) + a T^2 KL(F_D || F_b)."""
+    total = 0.0
+    for b, logits in enumerate(nested):
+        known = [(z, int(y)) for z, y in zip(logits, target, strict=True) if y >= 0]
+        total = total - (1 - a) * sum(z.log_softmax(0)[y] for z, y in known) / len(known)
+        if b < len(nested) - 1:
+            for z, full in zip(logits, nested[-1].detach(), strict=True):
+                p, q = (full / temperature).softmax(0), (z / temperature).softmax(0)
+                gap = sum(x * (x / y).log() for x, y in zip(p, q, strict=True))
+                total = total + a * temperature**2 * gap / len(logits)
+    return total

@@ -7,6 +7,7 @@ from lightning_kd.exchange.codistillation import Codistillation
 from lightning_kd.exchange.collective import Collective
 from lightning_kd.exchange.fusion import Fusion
 from lightning_kd.exchange.gate import Gate
+from lightning_kd.exchange.hierarchical import Hierarchical
 from lightning_kd.exchange.mutual import LeaveOneOut, Mutual
 from lightning_kd.exchange.peer_collaborative import PeerCollaborative
 
@@ -18,6 +19,7 @@ __all__ = [
     "Exchange",
     "Fusion",
     "Gate",
+    "Hierarchical",
     "LeaveOneOut",
     "Mutual",
     "PeerCollaborative",

@@ -1,5 +1,6 @@
 """Small networks that torchvision lacks, and pretrained weights; importable without Lightning."""
 
+from lightning_kd.models.branching import Branching
 from lightning_kd.models.generator import ImageGenerator
 from lightning_kd.models.multi_branch import MultiBranch
 from lightning_kd.models.normalized import Normalized
@@ -15,14 +16,17 @@ from lightning_kd.models.resnet import (
     resnet56,
     resnet110,
 )
+from lightning_kd.models.tree import Tree
 from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
+    "Branching",
     "CifarResNet",
     "ImageGenerator",
     "MultiBranch",
     "Normalized",
     "Resized",
+    "Tree",
     "WideResNet",
     "pretrained",
     "resnet8",

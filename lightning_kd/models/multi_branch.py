@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_kd.adapters import find_layer
+from lightning_kd.models.branching import Branching
 
 
 class _Cut(fx.Tracer):
@@ -98,7 +99,7 @@ def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphMo
     return fx.GraphModule(network, trunk), fx.GraphModule(network, branch)
 
 
-class MultiBranch(nn.Module):
+class MultiBranch(Branching):
     """Several networks that share everything up to a layer.
 
     The trunk runs once. Each branch is as the given network behind the cut, with initial weights of
@@ -152,11 +153,17 @@ class MultiBranch(nn.Module):
         answers = torch.stack([branch(features) for branch in self.branches])
         return answers.log_softmax(2).logsumexp(0)
 
-    def branch_state(self, index: int) -> dict[str, Tensor]:
-        """Weights of trunk and one branch, under the names of the given network."""
-        return {**self.trunk.state_dict(), **self.branches[index].state_dict()}
+    def branch_network(self, index: int) -> nn.Module:
+        """The given network, whose architecture each branch has."""
+        return copy.deepcopy(self._plain[0])
 
-    @property
-    def plain(self) -> nn.Module:
-        """The given network, whose architecture each branch has; its weights are branch 0's."""
-        return self._plain[0]
+    def branch_state(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of trunk and one branch, under the names of the given network."""
+        found: dict[str, Tensor] = {}
+        for prefix in ("trunk.", f"branches.{index}."):
+            found |= {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        return found
+
+    def branch_config(self, index: int, config: Any) -> Any:
+        """That of the given network."""
+        return config["init_args"]["network"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ class Cohort(ManualSteps):
             return dict(zip(self.names, self.peers.networks, strict=True))
         networks = {}
         for k, name in enumerate(self.names):
-            networks[name] = copy.deepcopy(self.peers.branch.plain)
+            networks[name] = self.peers.branch.branch_network(k)
             networks[name].load_state_dict(self.peers.state(k))
         return networks
 
@@ -51,17 +50,17 @@ class Cohort(ManualSteps):
         k = self.names.index(name)
         if not self.peers.branching:
             return cut_prefix(state, f"peers.networks.{k}.")
-        inside = cut_prefix(state, "peers.networks.0.")
-        return cut_prefix(inside, "trunk.") | cut_prefix(inside, f"branches.{k}.")
+        return self.peers.branch.branch_state(k, cut_prefix(state, "peers.networks.0."))
 
     def learner_config(self, name: str) -> Any:
         """One peer's configuration."""
         configs = dict(self.hparams).get("peers")
         if configs is None:
             return None
+        k = self.names.index(name)
         if self.peers.branching:
-            return configs[0]["init_args"]["network"]
-        return configs[self.names.index(name)]
+            return self.peers.branch.branch_config(k, configs[0])
+        return configs[k]
 
     def learner_accuracies(self) -> list[float]:
         """Accuracy of each peer at the last validation."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.adapters import Tap
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.models import MultiBranch
+from lightning_kd.models import Branching
 from lightning_kd.modules.batched import Batched
 from lightning_kd.ranks import gather_over_ranks
 
@@ -33,10 +33,10 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class Peers(nn.Module):
-    """Several networks, or one ``MultiBranch``, asked together.
+    """Several networks, or one of several branches, asked together.
 
     Args:
-        networks: Two or more networks, or exactly one ``MultiBranch``.
+        networks: Two or more networks, or exactly one ``MultiBranch`` or ``Tree``.
         batched: Run networks of one architecture as one.
 
     Raises:
@@ -48,7 +48,7 @@ class Peers(nn.Module):
         self.batched = batched
         self._batch: Batched | None = None
         self.networks = nn.ModuleList(networks)
-        self.branching = len(networks) == 1 and isinstance(networks[0], MultiBranch)
+        self.branching = len(networks) == 1 and isinstance(networks[0], Branching)
         owners: dict[int, int] = {}
         for index, network in enumerate(networks):
             for p in network.parameters():
@@ -66,10 +66,10 @@ class Peers(nn.Module):
         return len(self.branch.branches) if self.branching else len(self.networks)
 
     @property
-    def branch(self) -> MultiBranch:
+    def branch(self) -> Branching:
         """The one network of branches."""
         network = self.networks[0]
-        assert isinstance(network, MultiBranch)
+        assert isinstance(network, Branching)
         return network
 
     def listen(self, layers: Sequence[str]) -> None:
@@ -132,5 +132,5 @@ class Peers(nn.Module):
     def state(self, index: int) -> dict[str, Tensor]:
         """Weights of one peer, under the names of its own architecture."""
         if self.branching:
-            return self.branch.branch_state(index)
+            return self.branch.branch_state(index, self.branch.state_dict())
         return self.networks[index].state_dict()
