@@ -47,6 +47,7 @@ def untrained(spec_path, tmp_path):
             "wide_resnet": ("wide_resnet", {"depth": 10, "widen_factor": 2}),
             "resnet20": ("resnet20", {}),
             "resnet8": ("resnet8", {"width": 32}),
+            "multi_teacher": ("resnet8", {"width": 4}),
         }[name]
         init = {**made[1], "num_classes": 10, "in_channels": 1, "stem_stride": 2}
         network = getattr(models, made[0])(**init)

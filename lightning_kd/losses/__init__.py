@@ -7,6 +7,7 @@ from lightning_kd.losses.decoupled_kl import DecoupledKL
 from lightning_kd.losses.feed import FEED
 from lightning_kd.losses.gram_loss import GramLoss
 from lightning_kd.losses.graph_distillation import GraphDistillation
+from lightning_kd.losses.head_target import HeadTarget
 from lightning_kd.losses.hint import Hint
 from lightning_kd.losses.knowledge_flow import KnowledgeFlow
 from lightning_kd.losses.logit_mse import LogitMSE
@@ -29,6 +30,7 @@ __all__ = [
     "DistillationLoss",
     "GramLoss",
     "GraphDistillation",
+    "HeadTarget",
     "Hint",
     "KnowledgeFlow",
     "LayerLoss",

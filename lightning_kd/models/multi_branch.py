@@ -112,6 +112,7 @@ class MultiBranch(Branching):
         branches: How many, at least 2.
         scale_gradient: Divide the gradient at the cut by the number of branches, so that the trunk
             gets their mean instead of their sum.
+        alike: Let all branches begin with the given network's weights, instead of new ones.
 
     Raises:
         ValueError: If the layer does not exist or the network cannot be cut there.
@@ -122,17 +123,25 @@ class MultiBranch(Branching):
     """
 
     def __init__(
-        self, network: nn.Module, layer: str, branches: int = 3, scale_gradient: bool = False
+        self,
+        network: nn.Module,
+        layer: str,
+        branches: int = 3,
+        scale_gradient: bool = False,
+        alike: bool = False,
     ) -> None:
         super().__init__()
         if branches < 2:
             raise ValueError(f"Expected at least 2 branches, got {branches}.")
         self.init_args = {
             "network": network, "layer": layer, "branches": branches,
-            "scale_gradient": scale_gradient,
+            "scale_gradient": scale_gradient, "alike": alike,
         }  # fmt: skip
         self.trunk, first = split_at(network, layer)
-        others = (split_at(fresh(network), layer)[1] for _ in range(branches - 1))
+        if alike:
+            others = [copy.deepcopy(first) for _ in range(branches - 1)]
+        else:
+            others = [split_at(fresh(network), layer)[1] for _ in range(branches - 1)]
         self.branches = nn.ModuleList([first, *others])
         self.layer, self.scale_gradient = layer, scale_gradient
         self._plain = (network,)  # a tuple: it shares its parameters and is not registered twice
@@ -149,9 +158,12 @@ class MultiBranch(Branching):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean probabilities of all branches as logits, shape (B, K)."""
+        return self.answers(x).log_softmax(2).logsumexp(0)
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Logits of each branch, shape (branches, B, K); how far they differ is the uncertainty."""
         features = self.shared(x)
-        answers = torch.stack([branch(features) for branch in self.branches])
-        return answers.log_softmax(2).logsumexp(0)
+        return torch.stack([branch(features) for branch in self.branches])
 
     def branch_network(self, index: int) -> nn.Module:
         """The given network, whose architecture each branch has."""

@@ -81,7 +81,7 @@ class OneStudent(Distiller):
             scheduler_interval,
             num_classes,
         )
-        self.student = student
+        self.student = student.train()  # of ``pretrained`` it is in eval mode, and stays so
         if len({id(t) for t in teachers}) < len(teachers) and any(
             isinstance(t, Teacher) for t in teachers
         ):

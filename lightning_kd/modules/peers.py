@@ -47,7 +47,7 @@ class Peers(nn.Module):
         super().__init__()
         self.batched = batched
         self._batch: Batched | None = None
-        self.networks = nn.ModuleList(networks)
+        self.networks = nn.ModuleList(networks).train()  # not so if they are pretrained
         self.branching = len(networks) == 1 and isinstance(networks[0], Branching)
         owners: dict[int, int] = {}
         for index, network in enumerate(networks):

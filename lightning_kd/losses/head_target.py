@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_kd.functional import kl_divergence
+from lightning_kd.functional.checks import check_positive
+from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.losses.base import DistillationLoss
+
+
+class HeadTarget(DistillationLoss):
+    r"""Each head of the student learns from a teacher of its own (Hydra).
+
+    .. math:: \sum_m w_m \, \tau^2 KL(p_m^T \| h_m^T)
+
+    The student is a ``MultiBranch`` of as many branches as there are teachers; its heads are kept,
+    and where they disagree the student is uncertain (``MultiBranch.answers``).
+
+    Args:
+        heads: How many heads and teachers.
+        temperature: Softening of both sides, > 0.
+        weight: Multiplier of this term in the total loss.
+
+    Raises:
+        ValueError: If a number is not positive, there is another number of teachers, or the
+            student has no such heads.
+
+    Source:
+        Tran et al. 2020, https://arxiv.org/abs/2001.04694, section 3.1. First train one head on the
+        mean of all teachers (``SoftTarget``), then give it to ``MultiBranch(alike=True)``.
+    """
+
+    def __init__(self, heads: int, temperature: float = 4.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        check_positive(temperature, "temperature")
+        check_positive(heads, "heads")
+        self.heads, self.temperature = heads, temperature
+
+    def student_layers(self) -> Sequence[str]:
+        """The heads."""
+        return [f"branches.{m}" for m in range(self.heads)]
+
+    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+        """See that every teacher has a head."""
+        if len(teachers) != self.heads:
+            raise ValueError(
+                f"Expected a head for each of {len(teachers)} teachers, got heads={self.heads}: "
+                f"set it and the student's branches to {len(teachers)}."
+            )
+
+    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+        """Scalar; see ``DistillationLoss.forward``."""
+        t = self.temperature
+        return t**2 * teachers.average(
+            [
+                kl_divergence(student.feature(f"branches.{m}"), said.logits, t, t)
+                for m, said in zip(teachers.indices, teachers.members, strict=True)
+            ]
+        )
