@@ -9,7 +9,7 @@ PACKAGE = Path(lightning_kd.__file__).parent
 # lower rooms first: a room imports from itself and from those before it
 ORDER = [
     "functional", "ranks", "strategies", "knowledge", "schedules", "adapters", "losses",
-    "weighting", "exchange", "replay", "inversion", "sources", "teachers", "models", "modules",
+    "weighting", "exchange", "replay", "inversion", "sources", "models", "teachers", "modules",
     "callbacks", "data", "cli",
 ]  # fmt: skip
 

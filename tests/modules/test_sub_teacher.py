@@ -9,7 +9,15 @@ from torch import nn
 from lightning_kd import SubTeacher, Supervised, Teacher
 from lightning_kd.losses import AttentionTransfer, Hint, LogitMSE, SoftTarget
 from lightning_kd.models import resnet8, resnet14
-from lightning_kd.teachers import Mirror, MultiView, NoisyTeacher, Plain, Scale, StochasticDepth
+from lightning_kd.teachers import (
+    Mirror,
+    MultiView,
+    NoisyTeacher,
+    Plain,
+    Scale,
+    Snapshot,
+    StochasticDepth,
+)
 from lightning_kd.weighting import Confidence, Fixed, GradientSpace, LearnedGate, Switching
 from tests import reference
 from tests.modules.test_ranks import launch
@@ -185,6 +193,30 @@ def test_views_of_one_size_are_one_batch():
     views = MultiView([Plain(), Scale(1.5), Mirror()])
     views(frozen, IMAGES.float(), range(3))
     assert sizes == [(10, 1, 8, 8), (5, 1, 12, 12)]
+
+
+def test_snapshots_are_the_networks_of_their_files(tmp_path):
+    from safetensors.torch import save_file
+
+    olds = []
+    for k in range(2):
+        torch.manual_seed(10 + k)
+        olds.append(resnet14(in_channels=1, width=4).eval())
+        save_file(olds[-1].state_dict(), tmp_path / f"{k}.safetensors")
+    source = Snapshot([str(tmp_path / f"{k}.safetensors") for k in range(2)])
+    images = IMAGES.float()
+    frozen, said = asked(source, images, ["layer2"])
+    assert source.count == 3
+    with torch.no_grad():
+        for one, network in zip(said, [frozen.network, *olds], strict=True):
+            torch.testing.assert_close(one.logits, network(images))
+    assert not torch.allclose(said[0].feature("layer2"), said[1].feature("layer2"))
+    assert set(source.state_dict()) == {"_extra_state"}  # what was given is not saved
+    with pytest.raises(FileNotFoundError, match="Expected a checkpoint"):
+        asked(Snapshot([str(tmp_path / "none.safetensors")]), images)
+    save_file(resnet8(in_channels=1).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        asked(Snapshot([str(tmp_path / "other.safetensors")]), images)
 
 
 # ---------------------------------------------------------------------- training

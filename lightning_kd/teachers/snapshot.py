@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Knowledge
+from lightning_kd.models import pretrained
+from lightning_kd.teachers.sub_teachers import SubTeachers
+from lightning_kd.teachers.teacher import Teacher
+
+
+class Snapshot(SubTeachers):
+    """One teacher at several moments of its training, or several generations of it.
+
+    The teacher itself is the first; give ``ModelCheckpoint`` the options ``every_n_epochs`` and
+    ``save_top_k: -1`` to keep moments of a run.
+
+    Args:
+        checkpoints: Files that ``pretrained`` reads, of the teacher's architecture.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If one holds another network.
+
+    Source:
+        Huang et al. 2017 (snapshot ensembles), https://arxiv.org/abs/1704.00109; generations:
+        Furlanello et al. 2018 (born-again networks), https://arxiv.org/abs/1805.04770.
+    """
+
+    def __init__(self, checkpoints: list[str]) -> None:
+        super().__init__(1 + len(checkpoints))
+        self.checkpoints = checkpoints
+        self.others = nn.ModuleList()
+
+    def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
+        """Read the checkpoints."""
+        if not self.others:
+            for checkpoint in self.checkpoints:
+                network = pretrained(checkpoint, copy.deepcopy(teacher.network))
+                known = None if teacher.classes is None else teacher.classes.tolist()
+                self.others.append(Teacher(network.to(x), known, teacher.num_classes))
+        for other in self.others:
+            assert isinstance(other, Teacher)
+            other.listen(layers)
+
+    def ask(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
+    ) -> list[Knowledge]:
+        """See ``SubTeachers.ask``."""
+        everyone = (teacher, *self.others)
+        return [everyone[index](x, logits) for index in indices]
