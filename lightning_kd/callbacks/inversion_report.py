@@ -80,8 +80,9 @@ class InversionReport(Callback):
             return
         images = pl_module.like_input(pl_module.latest)  # of half precision under autocast
         answers = pl_module.teachers[0](images).logits.float().softmax(1)
-        mean = answers.mean(0)
-        entropy = float(torch.special.entr(mean).sum() / math.log(len(mean)))
+        classes = torch.bincount(answers.argmax(1), minlength=answers.shape[1])
+        # of soft answers as of classes: a teacher that knows nothing of images answers evenly
+        entropy = min(_evenness(answers.mean(0)), _evenness(classes / len(answers)))
         row = {
             "class_entropy": entropy,
             "pixel_spread": float(images.float().std(0, correction=0).mean()),
@@ -99,7 +100,8 @@ class InversionReport(Callback):
                 f"collapses. Lower its learning rate, weigh ClassBalance or BatchNormStatistics "
                 f"more, or reset it (reset_rounds)."
             )
-        if self.every and trainer.current_epoch % self.every == 0:
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if self.every and (trainer.current_epoch % self.every == 0 or last):
             folder = Path(run_folder(trainer, self.folder)) / "images"
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +127,7 @@ class InversionReport(Callback):
             axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
             confidence, seen = answers[k].max(0)
             axes.set_title(f"{int(seen)}  {float(confidence):.2f}", fontsize=7, pad=2)
+        left.suptitle("class that the teacher sees, and how sure it is", fontsize=8)
         panels = right.subplots(3 if memory is not None else 1, 1, squeeze=False)[:, 0]
         for name in self.history[0]:
             if name != "epoch":
@@ -147,3 +150,8 @@ class InversionReport(Callback):
             axes.yaxis.label.set_size(8)
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=110)
+
+
+def _evenness(shares: Tensor) -> float:
+    """Entropy of shares (K,) over its largest value: 1 where all are alike."""
+    return float(torch.special.entr(shares).sum() / math.log(len(shares)))

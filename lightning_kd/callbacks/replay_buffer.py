@@ -47,8 +47,10 @@ class ReplayBuffer(Callback):
         evict: Literal["oldest", "lowest_priority"] = "oldest",
         refresh: bool = False,
     ) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"Expected capacity >= 1 or null, got {capacity}.")
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise ValueError(
+                f"Expected a whole number as capacity, >= 1, or null, got {capacity!r}."
+            )
         if evict not in ("oldest", "lowest_priority"):
             raise ValueError(f'Expected evict "oldest" or "lowest_priority", got {evict!r}.')
         self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict

@@ -16,8 +16,7 @@ from typing_extensions import override
 from lightning_kd.callbacks.cost import cost_of, name_of
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
 from lightning_kd.callbacks.plot import plot_report
-from lightning_kd.modules import Distiller, OneStudent
-from lightning_kd.teachers import Teacher
+from lightning_kd.modules import Distiller, OneStudent, SubTeacher
 
 
 class DistillationReport(Callback):
@@ -200,10 +199,12 @@ class DistillationReport(Callback):
         if isinstance(module, OneStudent):
             student = about(module.student, "") | {"ece": row.get(f"{split}/ece")}
             teachers = [
-                about(teacher.network, f"teacher_{index}/")
-                for index, teacher in enumerate(module.teachers)
-                if isinstance(teacher, Teacher)
+                about(network, f"teacher_{index}/")
+                for index, network in enumerate(module.networks())
             ]
+            if isinstance(module, SubTeacher):
+                for entry in teachers:
+                    entry["name"] = f"{type(module.source).__name__} of {entry['name']}"
             return measured | {"student": student, "teachers": teachers}
         peers = {name: about(peer, f"{name}/") for name, peer in module.learners().items()}
         best = module.best_learner([p["accuracy"] or 0.0 for p in peers.values()])

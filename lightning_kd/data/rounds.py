@@ -35,7 +35,15 @@ class Rounds(LightningDataModule):
         if rounds < 1:
             raise ValueError(f"Expected rounds >= 1, got {rounds}.")
         if measure is None and (num_classes is None or image_shape is None):
-            raise ValueError("Expected measure, or num_classes and image_shape, got neither.")
+            missing = [
+                name
+                for name, value in (("num_classes", num_classes), ("image_shape", image_shape))
+                if value is None
+            ]
+            raise ValueError(
+                f"Expected measure, or num_classes and image_shape (C, H, W), got no "
+                f"{' and no '.join(missing)}."
+            )
         self.rounds, self.measure = rounds, measure
         self.num_classes = measure.num_classes if measure is not None else num_classes
         shape = measure.image_shape if measure is not None else image_shape

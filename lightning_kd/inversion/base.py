@@ -3,6 +3,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,26 @@ from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses.base import numbered, snake_case
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+class Unread:
+    """Stands for what no term has asked for."""
+
+    def __init__(self, name: str, flag: str) -> None:
+        self._name, self._flag = name, flag
+
+    def _complain(self, *_: Any) -> Any:
+        raise RuntimeError(
+            f"Expected a term that sets {self._flag} = True before it reads seen.{self._name}, "
+            f"got none: set it in the class."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._complain()
+
+    __iter__ = __len__ = __getitem__ = _complain
 
 
 def _nobody(images: Tensor) -> Tensor:
@@ -96,5 +117,8 @@ def terms_by_name(terms: Sequence[InversionTerm]) -> dict[str, InversionTerm]:
     """
     for term in terms:
         if not isinstance(term, InversionTerm):
-            raise TypeError(f"Expected terms of type InversionTerm, got {type(term).__name__}.")
+            hint = f"{term.__name__}, the class: add ()" if isinstance(term, type) else ""
+            raise TypeError(
+                f"Expected terms of type InversionTerm, got {hint or type(term).__name__}."
+            )
     return numbered(terms)

@@ -18,7 +18,8 @@ class OneHot(InversionTerm):
         gamma: Strength of the difficulty in it, >= 0.
         detach: No gradient through the modulating function.
         normalize: Divide it by its mean in the batch.
-        diversity_norm: See ``functional.data_free.modulating_weights``.
+        diversity_norm: Multiply its first factor by K / (K - 1), so that it is 1 where the memory
+            holds all classes alike.
         temperature: Softening of the teacher, > 0.
 
     Raises:

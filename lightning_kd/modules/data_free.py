@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.functional import kl_divergence, logit_mse
@@ -141,6 +142,11 @@ class DataFree(Inverting):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One round: invert, remember, distil."""
+        if not isinstance(batch, Tensor) or batch.dim():
+            rank_zero_warn(
+                "DataFree learns without data, but its training batches hold some, which are not "
+                "used: give lightning_kd.data.Rounds."
+            )
         self._begin_round()
         images, said = self.invert()
         self.latest = images
@@ -253,6 +259,18 @@ class DataFree(Inverting):
                     self.terms[name].set_extra_state(state)
         self._saved = None
         self.seed = self.common_seed(self.seed)
+
+    def on_train_start(self) -> None:
+        """Warn where the warm-up is all there is."""
+        super().on_train_start()
+        rounds = (self.trainer.max_epochs or 0) * self.trainer.num_training_batches
+        trying = getattr(self.trainer, "fast_dev_run", False)
+        if 0 < rounds <= self.warm_up and not trying:
+            rank_zero_warn(
+                f"This run has {rounds:.0f} rounds, all of them within the warm-up of "
+                f"{self.warm_up}, in which the student does not learn: set warm_up lower, or make "
+                f"more rounds."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the number of rounds, the seed, and what terms have seen."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.adapters import InputStatistics
 from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.inversion import InversionTerm, Inverted
-from lightning_kd.inversion.base import terms_by_name
+from lightning_kd.inversion.base import Unread, terms_by_name
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.modules.dry_run import ask
 from lightning_kd.modules.manual import ManualSteps
@@ -39,7 +39,12 @@ class Inverting(ManualSteps, OneStudent):
             ("terms", terms, list),
         ):
             if not isinstance(part, kind):
-                raise TypeError(f"Expected {name} of type {kind.__name__}, got {part!r}.")
+                got = (
+                    f"{part.__name__}, the class" if isinstance(part, type) else type(part).__name__
+                )
+                if name == "source" and isinstance(part, nn.Module):
+                    got += ": wrap it in Generator or MetaGenerator"
+                raise TypeError(f"Expected {name} of type {kind.__name__}, got {got}.")
         self.source, self.targets = source, targets or RandomLabels()
         self.terms = nn.ModuleDict(terms_by_name(terms))
         self.memory: Remembers | None = None
@@ -96,23 +101,47 @@ class Inverting(ManualSteps, OneStudent):
         asked = {n: t for n, t in self._named() if not (self.warming_up and t.waits)}
         if not asked:
             return {}
+        if images.shape[1:] != self.input_shape:
+            raise ValueError(
+                f"Expected images of shape {self.input_shape}, which the teacher takes, got "
+                f"{tuple(images.shape[1:])} from {type(self.source).__name__}: build its network "
+                f"for that shape."
+            )
         looked = self.augment(images)
         assert self._statistics is not None
-        found, parts = [], []
+        found: Any = Unread("statistics", "reads_statistics")
+        parts: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if any(term.reads_statistics for term in asked.values()):
                 found = stack.enter_context(self._statistics.measured())
             if any(term.reads_descriptions for term in asked.values()):
                 parts = stack.enter_context(self._statistics.described())
             teacher: Knowledge = self.teachers[0](looked)
-        student = self.learn(looked) if any(term.reads_student for term in asked.values()) else None
+        student: Any = Unread("student", "reads_student")
+        if any(term.reads_student for term in asked.values()):
+            student = self.learn(looked)
         if target is None:
             target = teacher.logits.detach().argmax(1)
         seen = Inverted(
             looked, target, teacher, student, found, self._share,
             torch.cat(parts, 1) if parts else None, self._describe, self._random,
         )  # fmt: skip
-        return {name: term.weight * term(seen) for name, term in asked.items()}
+        return {name: term.weight * self._scalar(name, term, seen) for name, term in asked.items()}
+
+    @staticmethod
+    def _scalar(name: str, term: InversionTerm, seen: Inverted) -> Tensor:
+        value: Any = term(seen)
+        if not isinstance(value, Tensor) or value.dim():
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"Expected a scalar tensor of term {name}, got {got}: return the mean over images."
+            )
+        if seen.images.requires_grad and not value.requires_grad:
+            raise ValueError(
+                f"Expected a term that depends on the images, but no gradient reaches them from "
+                f"{name}: compute it from seen.images, seen.teacher or what else it reads."
+            )
+        return value
 
     def augment(self, images: Tensor) -> Tensor:
         """Random crops and flips of images (B, C, H, W), differentiable; themselves if unasked."""

@@ -16,7 +16,7 @@ class MetaGenerator(Generator):
     """A generator whose weights are a good start: each round adapts a copy, with its noise.
 
     Args:
-        network: See ``Generator``.
+        network: Takes noise (B, latent) and gives images in [0, 1], (B, C, H, W); has ``latent``.
         learning_rate: Of the copy, Adam with betas (0.5, 0.999); the start moves with so many times
             this rate as a round has steps.
         latent_rate: Of the noise.

@@ -25,10 +25,12 @@ class Network(nn.Module):
         return (self.spread * self.linear(z)).sigmoid().view(-1, 1, 8, 8)
 
 
-def fit(tiny, make_trainer, tmp_path, spread=1.0, callbacks=(), trainer=None, **options):
+def fit(
+    tiny, make_trainer, tmp_path, spread=1.0, callbacks=(), trainer=None, teacher=None, **options
+):
     torch.manual_seed(0)
     module = DataFree(
-        tiny(4), tiny(8), Generator(Network(spread)), [OneHot(modulate=True)], round_images=32,
+        tiny(4), teacher or tiny(8), Generator(Network(spread)), [OneHot(modulate=True)], round_images=32,
         source_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     report = InversionReport(str(tmp_path), **{"least_entropy": 0.0, **options})
@@ -67,6 +69,22 @@ def test_collapse_is_told(tiny, make_trainer, tmp_path):
         warnings.simplefilter("always")
         fit(tiny, make_trainer, tmp_path, spread=3.0, every=0)
     assert not [w for w in caught if "collapses" in str(w.message)]
+
+
+def test_one_class_is_a_collapse_even_of_an_unsure_teacher(tiny, make_trainer, tmp_path):
+    """Its soft answers are all even; the class that it sees is always the same."""
+    teacher = tiny(8)
+    with torch.no_grad():
+        teacher.linear.weight.zero_()
+        teacher.linear.bias.zero_()[3] = 0.1
+    report, _ = fit(tiny, make_trainer, tmp_path, teacher=teacher, every=0)
+    assert [row["class_entropy"] for row in report.history] == [0.0] * 3
+
+
+def test_the_last_epoch_is_always_shown(tiny, make_trainer, tmp_path):
+    fit(tiny, make_trainer, tmp_path, every=50)
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["epoch_000.png", "epoch_002.png"]
 
 
 def test_other_modules_are_refused(make_module, make_trainer, digits):

@@ -20,6 +20,7 @@ from lightning_kd.inversion import (
     BatchNormStatistics,
     ClassBalance,
     Contrastive,
+    InversionTerm,
     OneHot,
     TotalVariation,
 )
@@ -375,8 +376,61 @@ def test_parts_of_other_types_are_told(build, tiny):
     for options in ({"terms": OneHot()}, {"targets": 3}):
         with pytest.raises(TypeError, match=f"Expected {next(iter(options))} of type"):
             build(**options)
-    with pytest.raises(TypeError, match="source of type ImageSource"):
+    with pytest.raises(TypeError, match="OneHot, the class: add"):
+        build(terms=[OneHot])
+    with pytest.raises(TypeError, match="wrap it in Generator or MetaGenerator"):
         DataFree(tiny(4), tiny(8), network(), [OneHot()])
+
+
+class Mine(InversionTerm):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, seen):
+        return self.answer(seen)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda seen: seen.images.mean((1, 2, 3)), ValueError, r"term mine, got shape \(16,\)"),
+        (lambda seen: 3.0, ValueError, "scalar tensor of term mine, got 3.0"),
+        (lambda seen: torch.zeros(()), ValueError, "no gradient reaches them from mine"),
+        (lambda seen: seen.student.logits.mean(), RuntimeError, "reads_student = True"),
+        (lambda seen: sum(s[0] for s in seen.statistics), RuntimeError, "reads_statistics = True"),
+        (lambda seen: seen.describe(seen.images).mean(), None, ""),
+    ],
+)
+def test_mistakes_in_a_term_of_ones_own_are_told(build, make_trainer, answer, error, message):
+    trainer = make_trainer(max_epochs=1, callbacks=[memory()])
+    module = build(terms=[Mine(answer)])
+    if error is None:
+        trainer.fit(module, datamodule=rounds())
+        return
+    with pytest.raises(error, match=message):
+        trainer.fit(module, datamodule=rounds())
+
+
+def test_a_run_within_the_warm_up_and_data_that_nobody_uses_are_told(build, make_trainer, digits):
+    with pytest.warns(UserWarning, match="4 rounds, all of them within the warm-up of 9"):
+        make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(warm_up=9), datamodule=rounds())
+    with pytest.warns(UserWarning, match="holds? some, which are not used"):
+        make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(), datamodule=digits())
+
+
+def test_images_of_another_shape_are_told(build, make_trainer):
+    module = build()
+    module.source = Generator(ImageGenerator((3, 8, 8), latent=8, width=4))
+    with pytest.raises(ValueError, match=r"shape \(1, 8, 8\).*got \(3, 8, 8\) from Generator"):
+        make_trainer(callbacks=[memory()]).fit(module, datamodule=rounds())
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"got no image_shape\."):
+        Rounds(2, num_classes=10)
+    with pytest.raises(ValueError, match="whole number"):
+        ReplayBuffer("8")
 
 
 def test_a_teacher_of_some_classes_is_refused(tiny):
