@@ -30,8 +30,8 @@ def fit(
 ):
     torch.manual_seed(0)
     module = DataFree(
-        tiny(4), teacher or tiny(8), Generator(Network(spread)), [OneHot(modulate=True)], round_images=32,
-        source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+        tiny(4), teacher or tiny(8), Generator(Network(spread)), [OneHot(modulate=True)],
+        round_images=32, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     report = InversionReport(str(tmp_path), **{"least_entropy": 0.0, **options})
     trainer = make_trainer(max_epochs=3, callbacks=[report, *callbacks], **(trainer or {}))
