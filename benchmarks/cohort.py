@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lightning_kd import PeerCohort
@@ -38,7 +39,6 @@ from lightning_kd.exchange import (
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import MultiBranch, resnet8, resnet20
 from lightning_kd.schedules import SigmoidRampUp
-from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/cohort.jsonl")
 EPOCHS, BATCH, IMAGES = 10, 64, 5000

@@ -18,11 +18,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from common import bare_trainer, quiet
 from step_overhead import Clock, Noise
 
 from lightning_kd import PeerCohort
 from lightning_kd.models import resnet8
-from runs import bare_trainer, quiet
 
 SETTINGS = {  # width, batch, shape of images, stride of the first layer
     "ResNet-8 of width 4, 8 x 8": (4, 64, (1, 8, 8), 1),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
 
@@ -43,7 +44,6 @@ from lightning_kd.inversion import (
 from lightning_kd.models import ImageGenerator, pretrained, resnet8, resnet14, resnet20
 from lightning_kd.replay import Prioritized, Uniform
 from lightning_kd.sources import Generator, ImageSource, MetaGenerator, Noise, TeacherLabels
-from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/data_free.jsonl")
 FROZEN = Path("benchmarks/results/data_free_frozen.jsonl")

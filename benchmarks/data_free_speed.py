@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import bare_trainer, quiet
 from lightning.pytorch import Callback
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -38,7 +39,6 @@ from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
 from lightning_kd.models import ImageGenerator, wide_resnet
 from lightning_kd.replay import Prioritized
 from lightning_kd.sources import Generator
-from runs import bare_trainer, quiet
 
 IMAGES, SOURCE_STEPS, STUDENT_STEPS, BATCH = 64, 2, 20, 64
 

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import read, run_missing
 from safetensors.torch import load_file
 
 from lightning_kd.cli import main
-from runs import read, run_missing
 
 RESULTS = Path("benchmarks/results/fashion_mnist.jsonl")
 METHODS = {

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 from lightning.pytorch import seed_everything
 
 from lightning_kd import MultiTeacher, Supervised
@@ -60,7 +61,6 @@ from lightning_kd.weighting import (
     Uniform,
     save_domain,
 )
-from runs import add_part, bare_trainer, gain, quiet, read, run_missing, spread
 
 RESULTS = Path("benchmarks/results/multi_teacher.jsonl")
 TEACHERS = ("wide_resnet", "resnet20", "resnet8")

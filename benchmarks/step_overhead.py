@@ -20,6 +20,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from common import bare_trainer, quiet
 from lightning.pytorch import Callback
 from torch import nn
 
@@ -27,7 +28,6 @@ from lightning_kd import MultiTeacher
 from lightning_kd.data import ImageData
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet8, resnet14, wide_resnet
-from runs import bare_trainer, quiet
 
 BATCH = 128
 

@@ -14,12 +14,12 @@ import statistics
 import time
 
 import torch
+from common import quiet
 from torch import nn
 
 from lightning_kd import Teacher
 from lightning_kd.models import resnet20, resnet56
 from lightning_kd.teachers import StochasticDepth
-from runs import quiet
 
 
 def seconds(call) -> float:
