@@ -117,7 +117,7 @@ def test_hierarchical_loss_equals_the_reference_with_gradients():
     made = tree().double().eval()
     twin, images, target = copy.deepcopy(made), IMAGES.double(), torch.tensor([1, 0, 3, -1, 9])
     module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0, weight=0.4)], task_weight=0.6)
-    module.prepare(images)
+    module.eval().prepare(images)  # a cohort puts its peers into train mode
     terms = module.step(images, target)
     loss = torch.stack(list(terms.values())).sum()
     leaves = list(twin.leaves(images))
