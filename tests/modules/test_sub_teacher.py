@@ -1,6 +1,7 @@
 """Several answers of one teacher: what they are, what they cost, resume, ranks, precision."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -250,6 +251,16 @@ def test_losses_and_weightings_apply(source, options, build, make_trainer, digit
     assert torch.isfinite(logged["train/loss"])
     assert {f"val/teacher_{m}/accuracy" for m in range(module.voices)} <= set(logged)
     assert f"val/teacher_{module.voices}/accuracy" not in logged
+
+
+def test_every_sub_teacher_is_in_the_report(build, make_trainer, digits, tmp_path):
+    from lightning_kd.callbacks import DistillationReport
+
+    report = DistillationReport(str(tmp_path))
+    make_trainer(max_epochs=1, callbacks=[report]).fit(build(), datamodule=digits())
+    found = json.loads((tmp_path / "report.json").read_text())["teachers"]
+    assert [entry["name"] for entry in found] == ["StochasticDepth of CifarResNet-14"] * 3
+    assert all(0 <= entry["accuracy"] <= 1 for entry in found)
 
 
 def test_plain_views_give_the_plain_loss(build, make_trainer, digits):
