@@ -121,20 +121,20 @@ class Real(ImageSource):
         return images[torch.randint(len(images), (count,), generator=random)].float().div_(255)
 
 
-def terms(setting: Setting, modulate: bool, batch_norm: float | None = None) -> list:
+def terms(setting: Setting, modulate: bool, batch_norm=None, normalize: bool = False) -> list:
     weight = setting.batch_norm if batch_norm is None else batch_norm
     wishes = [
-        OneHot(setting.one_hot, modulate=modulate),
+        OneHot(setting.one_hot, modulate=modulate, normalize=normalize),
         Adversarial(setting.adversarial, masked=True),
     ]
     return [BatchNormStatistics(weight, setting.momentum), *wishes] if weight else wishes
 
 
-def inverted(sampler, keep_all: bool = False, modulate: bool = False, batch_norm=None):
+def inverted(sampler, keep_all: bool = False, modulate: bool = False, **wishes):
     def make(setting, scale):
         options = {
             "source": MetaGenerator(setting.generator()),
-            "terms": terms(setting, modulate, batch_norm),
+            "terms": terms(setting, modulate, **wishes),
             "round_images": max(setting.images, -(-scale // (setting.rounds - setting.warm_up))),
         }
         kept = None if keep_all else scale * (setting.views or 1)
@@ -173,6 +173,7 @@ SWEEP = {
     f"SSD-KD, BatchNorm weight {weight:g}": inverted(Prioritized, modulate=True, batch_norm=weight)
     for weight in BATCH_NORM
 }
+SWEEP["SSD-KD, phi over its mean"] = inverted(Prioritized, modulate=True, normalize=True)
 EVERY = {**ARMS, **SWEEP}
 
 
