@@ -72,6 +72,10 @@ class Setting:
     rate: float = 0.1
     views: int | None = None  # each image and its mirror image
 
+    def images_of(self, share: float) -> int:
+        """How many images a share of the real training images is."""
+        return round(share * {MNIST: 60_000, CIFAR10: 50_000}[self.data])
+
     def teacher(self, file: str | None) -> nn.Module:
         """The teacher that ``file`` holds."""
         if self.data is MNIST:
@@ -309,8 +313,7 @@ def table(name: str) -> str:
         + " | over ring, uniform | seconds |",
         "|---|---|" + "---|" * (len(points) + 2),
     ]
-    total = {MNIST: 60_000, CIFAR10: 50_000}[setting.data]
-    scales = {setting.scale, *(round(share * total) for share in SCALES)}
+    scales = {setting.scale, *(setting.images_of(share) for share in SCALES)}
     for scale in [setting.scale, *sorted(scales - {setting.scale})]:
         base = {s: 100 * c[-1][2] for s, c in runs_of(name, BASE, scale).items()}
         for arm in EVERY:
@@ -383,8 +386,7 @@ if __name__ == "__main__":
     quiet()
     setting = SETTINGS[options.setting]
     if options.what == "run":
-        total = {MNIST: 60_000, CIFAR10: 50_000}[setting.data]
-        scales = [round(s * total) for s in options.scales or ()] or [setting.scale]
+        scales = [setting.images_of(s) for s in options.scales or ()] or [setting.scale]
         jobs = [
             (options.setting, arm, scale, seed)
             for seed in options.seeds

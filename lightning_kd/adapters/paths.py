@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.adapters.modes import modes_kept
 from lightning_kd.adapters.tap import find_layer
 
 
@@ -28,7 +29,6 @@ class Paths:
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[str] | None, x: Tensor) -> None:
-        self.network = network
         asked = list(_elements(network)) if blocks is None else list(blocks)
         found = {name: find_layer(network, name) for name in asked}
         keeps = _shapes(network, list(found.values()), x)
@@ -178,14 +178,11 @@ def _shapes(network: nn.Module, blocks: Sequence[nn.Module], x: Tensor) -> dict[
         keeps[block] = alike and block not in keeps
 
     handles = [block.register_forward_hook(look) for block in blocks]
-    modes = [(part, part.training) for part in network.modules()]
     try:
-        network.eval()
-        with torch.no_grad():
+        with modes_kept(network), torch.no_grad():
+            network.eval()
             network(x)
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in modes:
-            part.training = mode
     return keeps

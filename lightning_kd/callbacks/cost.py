@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_kd.adapters import modes_kept
 from lightning_kd.modules import Distiller
 
 LATENCY_RUNS = 20
@@ -32,9 +33,8 @@ def cost_of(network: nn.Module, module: Distiller) -> dict[str, Any]:
     floats = (p.dtype for p in network.parameters() if p.is_floating_point())
     dtype = next(floats, torch.float32)  # not float32 under bf16-true and 64-true
     x = torch.zeros(1, *(module.input_shape or ()), device=module.device, dtype=dtype)
-    modes = [(m, m.training) for m in network.modules()]
-    network.eval()
-    try:
+    with modes_kept(network):
+        network.eval()
         flops: int | None = None
         # compiled or scripted networks cannot be counted
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
@@ -49,9 +49,6 @@ def cost_of(network: nn.Module, module: Distiller) -> dict[str, Any]:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             times.append(1e3 * (time.perf_counter() - start))
-    finally:
-        for m, mode in modes:
-            m.training = mode
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "flops": flops,

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_kd.data.batches import Batches, Order, seeded
+from lightning_kd.data.batches import Batches, Order
 from lightning_kd.functional.augment import crop_and_flip
+from lightning_kd.functional.seeds import seeded
 
 Labelled = tuple[Tensor, Tensor]
 

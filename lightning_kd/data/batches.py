@@ -6,14 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.functional.seeds import mixed_seed
+from lightning_kd.functional.seeds import seeded
 
 NUM_DRAWS = 3
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """Make a CPU generator that depends on the given numbers alone."""
-    return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
 class Order:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lightning_kd.data.base import ImageData, Labelled
-from lightning_kd.data.batches import seeded
+from lightning_kd.functional.seeds import seeded
 
 
 class Digits(ImageData):

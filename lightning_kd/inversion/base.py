@@ -31,11 +31,7 @@ class Unread:
             raise AttributeError(name)
         return self._complain()
 
-    __iter__ = __len__ = __getitem__ = _complain
-
-
-def _nobody(images: Tensor) -> Tensor:
-    raise RuntimeError("Expected a term with reads_descriptions = True to describe images.")
+    __iter__ = __len__ = __getitem__ = __call__ = _complain
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,9 @@ class Inverted:
     statistics: Statistics
     class_share: Tensor | None
     description: Tensor | None = None
-    describe: Callable[[Tensor], Tensor] = field(default=_nobody)
+    describe: Callable[[Tensor], Tensor] = field(
+        default_factory=lambda: Unread("describe", "reads_descriptions")
+    )
     random: torch.Generator | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_kd.adapters import find_layer
+from lightning_kd.adapters import find_layer, modes_kept
 from lightning_kd.models.branching import Branching
 
 
@@ -48,13 +48,11 @@ def fresh(network: nn.Module) -> nn.Module:
 
 
 def _trace(network: nn.Module, layer: str) -> fx.Graph:
-    modes = [(module, module.training) for module in network.modules()]
     graphs = []
-    for training in (False, True):
-        network.train(training)
-        graphs.append(_Cut(layer).trace(network))
-    for module, mode in modes:
-        module.training = mode
+    with modes_kept(network):
+        for training in (False, True):
+            network.train(training)
+            graphs.append(_Cut(layer).trace(network))
     if str(graphs[0]) != str(graphs[1]):
         raise ValueError(
             f"Expected {type(network).__name__} to be the same graph in train() and eval(), but a "

@@ -90,12 +90,12 @@ class Tree(Branching):
     def branch_state(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the first leaves."""
         depth = len(self.layers)
-        wanted = {
+        wanted = tuple(
             f"trunk.levels.{level}.{place}."
             for level in range(depth + 1)
             for place in range(-(-(2**index) // 2 ** (depth - level)))
-        }
-        return {k: v for k, v in state.items() if any(k.startswith(prefix) for prefix in wanted)}
+        )
+        return {k: v for k, v in state.items() if k.startswith(wanted)}
 
     def branch_config(self, index: int, config: Any) -> Any:
         """The same tree with fewer leaves."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_kd.functional import kl_divergence, logit_mse
 from lightning_kd.functional.data_free import logit_l1
-from lightning_kd.functional.seeds import mixed_seed
+from lightning_kd.functional.seeds import mixed_seed, seeded
 from lightning_kd.inversion import InversionTerm
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss
@@ -233,8 +233,7 @@ class DataFree(Inverting):
         self._random.manual_seed(mixed_seed(self.seed, self.rounds, self.global_rank))
         if self.rounds in self.reset_rounds:
             # equal in all processes, unlike the images
-            alike = torch.Generator(self.device).manual_seed(mixed_seed(self.seed, self.rounds))
-            self.source.reset(alike)
+            self.source.reset(seeded(self.seed, self.rounds, device=self.device))
 
     # ------------------------------------------------------------------ Lightning's hooks
 

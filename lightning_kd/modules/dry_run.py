@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import IterableDataset
 
+from lightning_kd.adapters import modes_kept
 from lightning_kd.knowledge import Knowledge
 
 
@@ -25,10 +26,9 @@ def ask(
     Raises:
         ValueError: If the network cannot take these images, with the likely reason.
     """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     try:
-        with torch.no_grad():
+        with modes_kept(network), torch.no_grad():
+            network.eval()
             return answer(x)
     except (RuntimeError, ValueError) as error:
         if str(error).startswith("Expected a teacher"):  # it says itself what to do
@@ -45,9 +45,6 @@ def ask(
             f"Expected {who} ({type(network).__name__}) to take images of shape "
             f"{tuple(x.shape[1:])}, got: {first_line}.{hint}"
         ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_classes(

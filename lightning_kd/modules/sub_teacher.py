@@ -23,8 +23,8 @@ class SubTeacher(OneStudent):
     Args:
         student: The network to train.
         teacher: One trained network of the same classes; it is never touched.
-        source: What makes several out of one: ``StochasticDepth``, ``NoisyTeacher`` or
-            ``MultiView`` of ``lightning_kd.teachers``.
+        source: What makes several out of one: ``StochasticDepth``, ``NoisyTeacher``,
+            ``MultiView`` or ``Snapshot`` of ``lightning_kd.teachers``.
         losses: What is transferred, each with its weight; ``null``: ``SoftTarget`` at temperature
             4, weight 0.9.
         weighting: Whom to trust; ``null``: ``Uniform``.
@@ -58,7 +58,7 @@ class SubTeacher(OneStudent):
         if not isinstance(source, SubTeachers):
             raise TypeError(
                 f"Expected source of type SubTeachers, got {type(source).__name__}: use "
-                f"StochasticDepth, NoisyTeacher or MultiView of lightning_kd.teachers."
+                f"StochasticDepth, NoisyTeacher, MultiView or Snapshot of lightning_kd.teachers."
             )
         self.take(
             student,

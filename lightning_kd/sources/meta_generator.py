@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_kd.functional.seeds import drawn_globally
 from lightning_kd.ranks import average_gradients
 from lightning_kd.sources.generator import Generator
 
@@ -108,9 +109,7 @@ class MetaGenerator(Generator):
 
     def _anew(self, random: torch.Generator) -> nn.Module:
         fresh = copy.deepcopy(self.network).cpu()
-        # layers draw from the global generator
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random.initial_seed())
+        with drawn_globally(random):  # layers take no generator
             for layer in fresh.modules():
                 again: Any = getattr(layer, "reset_parameters", None)
                 if again is not None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.adapters import find_layer
+from lightning_kd.functional.seeds import drawn_globally
 
 
 class Targets(ABC):
@@ -122,9 +123,7 @@ class DirichletTargets(Targets):
         alike = rows @ rows.T
         low, high = alike.amin(1, keepdim=True), alike.amax(1, keepdim=True)
         alike = (alike - low) / (high - low).clamp(min=1e-12)
-        # the distribution takes no generator
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random.initial_seed())  # not those of GPUs
+        with drawn_globally(random):  # the distribution takes no generator
             classes = torch.randint(num_classes, (count,))
             scales = torch.tensor(self.scales)[torch.randint(len(self.scales), (count, 1))]
             drawn = torch.distributions.Dirichlet(scales * alike[classes] + 1e-4).sample()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_kd.functional.seeds import seeded
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.ranks import rank
-from lightning_kd.teachers.sub_teachers import SubTeachers, generator
+from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
 
@@ -55,7 +56,7 @@ class NoisyTeacher(SubTeachers):
             return [said] * len(indices)
         found = []
         for index in indices:  # other samples in each process, so other noise
-            random = generator(x.device, seed, index, rank())
+            random = seeded(seed, index, rank(), device=x.device)
             found.append(Knowledge(self.disturb(said.logits, random), said.features))
         return found
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_kd.adapters import find_layer
 from lightning_kd.adapters.paths import Branches, Paths
+from lightning_kd.functional.seeds import seeded
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.teachers.sub_teachers import SubTeachers, generator
+from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
 
@@ -56,7 +57,7 @@ class StochasticDepth(SubTeachers):
             raise ValueError(f'Expected decay "linear" or "constant", got {decay!r}.')
         self.survival, self.decay, self.blocks = survival, decay, blocks
         self._paths: Paths | None = None
-        self._layers: list[str] = []
+        self._layers: dict[str, nn.Module] = {}
 
     def prepare(self, network: nn.Module, x: Tensor) -> None:
         """Find the blocks of a network by running it on an image (1, C, H, W)."""
@@ -78,7 +79,7 @@ class StochasticDepth(SubTeachers):
     def draw(self, count: int, seed: int) -> list[list[bool]]:
         """For each of so many paths, which blocks it takes."""
         # on the CPU, so that nobody waits for the device
-        draws = torch.rand(count, len(self.names), generator=generator(torch.device("cpu"), seed))
+        draws = torch.rand(count, len(self.names), generator=seeded(seed))
         kept: list[list[bool]] = (draws < torch.tensor(self.probabilities())).tolist()
         return kept
 
@@ -103,24 +104,24 @@ class StochasticDepth(SubTeachers):
             for name in self.names
             for part in list(find_layer(teacher.network, name).modules())[1:]
         }
-        for layer in layers:
-            if find_layer(teacher.network, layer) in inside:
-                block = inside[find_layer(teacher.network, layer)]
+        self._layers = {layer: find_layer(teacher.network, layer) for layer in layers}
+        for layer, part in self._layers.items():
+            if part in inside:
                 raise ValueError(
                     f"Expected layers that run on every path, got {layer!r} inside block "
-                    f"{block!r}, which may be left out: listen to the block itself."
+                    f"{inside[part]!r}, which may be left out: listen to the block itself."
                 )
-        self._layers = list(layers)
 
     def ask(
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
     ) -> list[Knowledge]:
         """See ``SubTeachers.ask``."""
         kept = self.draw(self.count, seed)
-        with self.on([kept[index] for index in indices]) as branches:
-            layers = {name: find_layer(teacher.network, name) for name in self._layers}
-            with branches.watched(layers):
-                said = teacher(x, logits)
+        with (
+            self.on([kept[index] for index in indices]) as branches,
+            branches.watched(self._layers),
+        ):
+            said = teacher(x, logits)
         answers = branches.of(said.logits) if logits else [said.logits] * len(indices)
         features = {n: branches.of(said.feature(n), branches.seen[n]) for n in self._layers}
         return [

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_kd.functional.seeds import mixed_seed
@@ -68,8 +67,3 @@ class SubTeachers(nn.Module, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on with them."""
         self.seed, self.times = state["seed"], state["times"]
-
-
-def generator(device: torch.device, *seeds: int) -> torch.Generator:
-    """Random numbers on a device that depend on all these numbers."""
-    return torch.Generator(device).manual_seed(mixed_seed(*seeds))
