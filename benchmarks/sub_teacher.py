@@ -35,13 +35,10 @@ from lightning_kd import MultiTeacher, PeerCohort, SubTeacher, Supervised
 from lightning_kd.data import FashionMNIST
 from lightning_kd.exchange import Hierarchical
 from lightning_kd.losses import SoftTarget
-from lightning_kd.models import Tree, pretrained, resnet8, resnet20
+from lightning_kd.models import Mirror, Plain, Scale, Tree, pretrained, resnet8, resnet20
 from lightning_kd.teachers import (
-    Mirror,
     MultiView,
     NoisyTeacher,
-    Plain,
-    Scale,
     Snapshot,
     StochasticDepth,
 )

@@ -3,6 +3,7 @@
 from lightning_kd.callbacks.channels_last import ChannelsLast
 from lightning_kd.callbacks.export import ExportStudent
 from lightning_kd.callbacks.inversion_report import InversionReport
+from lightning_kd.callbacks.pseudo_labels import PseudoLabels
 from lightning_kd.callbacks.replay_buffer import ReplayBuffer
 from lightning_kd.callbacks.report import DistillationReport
 from lightning_kd.callbacks.schedulers import (
@@ -18,6 +19,7 @@ __all__ = [
     "ExportStudent",
     "InversionReport",
     "LossWeightScheduler",
+    "PseudoLabels",
     "ReplayBuffer",
     "TemperatureScheduler",
 ]

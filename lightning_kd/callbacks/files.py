@@ -25,7 +25,7 @@ def refuse_to_overwrite(trainer: Trainer, path: Path, overwrite: bool) -> None:
 
     A resumed run goes on in its folder, and a ``fast_dev_run`` writes nothing.
     """
-    resumed = getattr(trainer, "ckpt_path", None) is not None
+    resumed = trainer.state.fn == "fit" and getattr(trainer, "ckpt_path", None) is not None
     # rank 0 looks and tells the others: a slower rank would find what rank 0 has just written
     exists = trainer.strategy.broadcast(path.exists())
     if exists and not (overwrite or resumed or trainer.fast_dev_run):  # type: ignore[attr-defined]

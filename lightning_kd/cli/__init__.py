@@ -95,6 +95,8 @@ class DistillationCLI(LightningCLI):
                 if hasattr(callback, "overwrite"):
                     callback.overwrite = True
 
+    before_predict = before_fit
+
     def _parse_ckpt_path(self) -> None:
         """Say so when the options saved in a checkpoint replace those of the command line."""
         subcommand = self.config.get("subcommand")

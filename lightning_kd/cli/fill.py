@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_kd.data import ImageData, Rounds
+from lightning_kd.data import ImageData, PseudoLabelled, Rounds
 
 
 def import_path(path: str) -> Callable[..., Any]:
@@ -40,11 +40,12 @@ def fill_in(model: Namespace, data: Namespace) -> None:
     which is what most networks are named by.
     """
     kind = import_path(data["class_path"])
-    if inspect.isclass(kind) and issubclass(kind, Rounds):
-        measured = data.get("init_args.measure")
-        if measured is not None:
-            fill_in(model, measured)
-        return
+    for wrapper, inner in ((Rounds, "measure"), (PseudoLabelled, "data")):
+        if inspect.isclass(kind) and issubclass(kind, wrapper):
+            wrapped = data.get(f"init_args.{inner}")
+            if wrapped is not None:
+                fill_in(model, wrapped)
+            return
     if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
         return
     # folders are only listed where the classes are not known beforehand

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -39,6 +40,8 @@ class ImageData(LightningDataModule):
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
         classes: Keep these classes only, renumbered in this order, for an expert of some classes
             (``lightning_kd.Teacher`` then takes the same list); ``null``: all.
+        predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
+            and as they are (for ``PseudoLabels``).
 
     Raises:
         ValueError: If a number is out of its range.
@@ -61,6 +64,7 @@ class ImageData(LightningDataModule):
         download: bool = True,
         split_seed: int = 0,
         classes: list[int] | None = None,
+        predict_split: Literal["test", "train"] = "test",
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -77,6 +81,7 @@ class ImageData(LightningDataModule):
         self.crop_padding, self.flip, self.drop_last = crop_padding, flip, drop_last
         self.download, self.split_seed = download, split_seed
         self.classes = classes
+        self.predict_split = predict_split
         if classes is not None:
             known = range(self.num_classes)
             if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(known):
@@ -97,9 +102,11 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and split what ``stage`` needs; later calls find it there."""
-        if stage in ("fit", "validate") and self._train is None:
+        predicted = "fit" if self.predict_split == "train" else "test"
+        part = predicted if stage == "predict" else stage
+        if part in ("fit", "validate") and self._train is None:
             self._train, self._val = self._split(*self._checked(True))
-        if stage in ("test", "predict") and self._test is None:
+        if part == "test" and self._test is None:
             self._test = self._checked(False)
         if stage == "fit" and self.shuffle_seed is None:
             seed = torch.initial_seed() % 2**31
@@ -118,8 +125,8 @@ class ImageData(LightningDataModule):
         return self._batches(self._test)
 
     def predict_dataloader(self) -> Batches:
-        """Test images in order."""
-        return self._batches(self._test)
+        """Test or training images in order, by ``predict_split``."""
+        return self._batches(self._train if self.predict_split == "train" else self._test)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scale to [0, 1] and augment, on the device and for the whole batch at once."""
@@ -140,6 +147,24 @@ class ImageData(LightningDataModule):
         self.shuffle_seed = state_dict["shuffle_seed"]
 
     # ------------------------------------------------------------------ parts
+
+    @property
+    def training(self) -> Labelled:
+        """Training images and their labels, -1 where hidden; after ``setup("fit")``."""
+        if self._train is None:
+            raise RuntimeError(f"{type(self).__name__} has no data yet: call setup('fit') first.")
+        return self._train
+
+    def fingerprint(self) -> str:
+        """Hash of the training images and labels in their order."""
+        images, labels = self.training
+        found = hashlib.sha256(labels.numpy().tobytes())
+        found.update(self.content(images))
+        return found.hexdigest()
+
+    def content(self, images: Any) -> bytes:
+        """What tells images from others, for ``fingerprint``."""
+        return bytes(images.numpy().tobytes())
 
     def fetch(self, source: Labelled, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels) for each tensor of indices in ``plan``."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class ImageFolder(ImageData):
         flip: Random horizontal flips.
         drop_last: Leave out a last training batch that is not full.
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
+        predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
+            and as they are (for ``PseudoLabels``).
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -81,6 +83,7 @@ class ImageFolder(ImageData):
         flip: bool = False,
         drop_last: bool = False,
         split_seed: int = 0,
+        predict_split: Literal["test", "train"] = "test",
     ) -> None:
         super().__init__(
             root=root,
@@ -94,6 +97,7 @@ class ImageFolder(ImageData):
             drop_last=drop_last,
             download=False,
             split_seed=split_seed,
+            predict_split=predict_split,
         )
         self.image_shape = (channels, image_size, image_size)
         self.num_workers = num_workers
@@ -134,6 +138,10 @@ class ImageFolder(ImageData):
     def take(self, images: Any, labels: Tensor, indices: Tensor) -> tuple[Any, Tensor]:
         """Part of the paths, in the given order."""
         return [images[i] for i in indices.tolist()], labels[indices]
+
+    def content(self, images: Any) -> bytes:
+        """Names of the files below the root."""
+        return "\n".join(str(path.relative_to(self.root)) for path in images).encode()
 
     def fetch(self, source: Any, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels), read by worker processes."""

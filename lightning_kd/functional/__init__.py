@@ -4,6 +4,7 @@ from lightning_kd.functional.collective import min_logits, simplex_cross_entropy
 from lightning_kd.functional.decoupled import decoupled_kl, standardize
 from lightning_kd.functional.divergence import (
     combine,
+    hard,
     kl_divergence,
     labelled,
     logit_mse,
@@ -18,6 +19,7 @@ from lightning_kd.functional.features import (
     selectivity_distance,
     unit_distance,
 )
+from lightning_kd.functional.pseudo import balanced_labels
 from lightning_kd.functional.relations import (
     log_euclidean_distance,
     probabilistic_distance,
@@ -41,11 +43,13 @@ from lightning_kd.functional.trust import (
 __all__ = [
     "attention_distance",
     "attention_map",
+    "balanced_labels",
     "combine",
     "confidence_weights",
     "decoupled_kl",
     "entropies",
     "entropy_weights",
+    "hard",
     "hint_distance",
     "jensen_shannon",
     "kl_divergence",

@@ -24,6 +24,11 @@ def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_p.exp() * log_ratio).sum(1)
 
 
+def hard(target: Tensor | None) -> Tensor | None:
+    """Labels (B, ...) as they are, of soft labels (B, K, ...) the likeliest; None stays None."""
+    return target.argmax(1) if target is not None and target.is_floating_point() else target
+
+
 @full_precision
 def kl_divergence(
     student: Tensor,
@@ -102,7 +107,8 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
 
     Args:
         logits: Shape (B, K, ...).
-        target: Labels in [0, K), or -1 for "unlabelled", shape (B, ...), int64.
+        target: Labels in [0, K), or -1 for "unlabelled", shape (B, ...), int64; or soft labels,
+            probabilities of shape (B, K, ...), floating.
         label_smoothing: Probability mass spread over all classes, in [0, 1).
 
     Returns:
@@ -115,6 +121,12 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
     Source:
         Standard; https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html.
     """
+    if target.is_floating_point() and target.shape == logits.shape:
+        return _per_sample(
+            F.cross_entropy(
+                logits, target.to(logits), reduction="none", label_smoothing=label_smoothing
+            )
+        )
     if target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"Expected labels of shape {tuple(logits.shape[:1] + logits.shape[2:])} for logits of "

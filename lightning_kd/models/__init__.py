@@ -1,5 +1,6 @@
 """Small networks that torchvision lacks, and pretrained weights; importable without Lightning."""
 
+from lightning_kd.models.averaged import Averaged
 from lightning_kd.models.branching import Branching
 from lightning_kd.models.generator import ImageGenerator
 from lightning_kd.models.multi_branch import MultiBranch
@@ -17,16 +18,22 @@ from lightning_kd.models.resnet import (
     resnet110,
 )
 from lightning_kd.models.tree import Tree
+from lightning_kd.models.views import Mirror, Plain, Scale, View
 from lightning_kd.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
+    "Averaged",
     "Branching",
     "CifarResNet",
     "ImageGenerator",
+    "Mirror",
     "MultiBranch",
     "Normalized",
+    "Plain",
     "Resized",
+    "Scale",
     "Tree",
+    "View",
     "WideResNet",
     "pretrained",
     "resnet8",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd.adapters import Tap
+from lightning_kd.functional import hard
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.losses.base import by_name
@@ -129,7 +130,7 @@ class OneStudent(Distiller):
             terms["task"] = self.task_weight * self.task_loss(student.logits, target)
         if members:
             losses = dict(zip(self.losses, self._losses(), strict=True))
-            more, weights = lesson(student, members, indices, losses, self.weighting, target)
+            more, weights = lesson(student, members, indices, losses, self.weighting, hard(target))
             self._trust = (indices, weights.detach())
             terms |= more
         if len(indices) < self.voices and self.losses:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_kd.exchange import Exchange, Mutual
+from lightning_kd.functional import hard
 from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
 from lightning_kd.losses.base import by_name
@@ -181,12 +182,12 @@ class PeerCohort(Cohort):
         lessons = self.lessons.ask(views)
         peers = self.peers(views)
         terms: dict[str, Tensor] = {}
-        for k, teachers in enumerate(self.exchange(peers, target)):
+        for k, teachers in enumerate(self.exchange(peers, hard(target))):
             if self.peers.mine in (None, k):
                 terms |= self.terms_of(k, peers[k], teachers, target, lessons[k])
         if self.peers.mine is not None:
             return self._with_others(terms)
-        return terms | self.exchange.terms(peers, target)
+        return terms | self.exchange.terms(peers, hard(target))
 
     def terms_of(
         self,
@@ -210,7 +211,7 @@ class PeerCohort(Cohort):
             terms["task"] = self.task_weight * self.task_loss(peer.logits, target)
         for loss, name in self._losses(k).items():
             if teachers is not None:
-                value = loss.weight * loss(peer, teachers, target)
+                value = loss.weight * loss(peer, teachers, hard(target))
             else:
                 value = 0.0 * peer.logits.float().sum()
             adapters = [p.sum() for p in loss.parameters()]
@@ -218,7 +219,7 @@ class PeerCohort(Cohort):
                 value = value + 0.0 * torch.stack(adapters).sum()
             terms[name] = value
         if lesson:
-            more = self.lessons.terms(k, peer, lesson, target)
+            more = self.lessons.terms(k, peer, lesson, hard(target))
             terms |= {f"teacher/{name}": value for name, value in more.items()}
         return {f"peer_{k}/{name}": value for name, value in terms.items()}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.exchange import Adversarial
+from lightning_kd.functional import hard
 from lightning_kd.modules.peers import frozen_statistics
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def one_after_the_other(
     peers = cohort.peers(views)
     terms: dict[str, Tensor] = {}
     for k in range(len(peers)):
-        teachers = cohort.exchange(peers, target)[k]
+        teachers = cohort.exchange(peers, hard(target))[k]
         mine = cohort.terms_of(k, peers[k], teachers, target, lessons[k])
         cohort.advance(optimizer, mine, [cohort.peers.networks[k]], cohort.clip_norm)
         terms |= mine

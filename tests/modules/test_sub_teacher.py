@@ -9,13 +9,10 @@ from torch import nn
 
 from lightning_kd import SubTeacher, Supervised, Teacher
 from lightning_kd.losses import AttentionTransfer, Hint, LogitMSE, SoftTarget
-from lightning_kd.models import resnet8, resnet14
+from lightning_kd.models import Mirror, Plain, Scale, resnet8, resnet14
 from lightning_kd.teachers import (
-    Mirror,
     MultiView,
     NoisyTeacher,
-    Plain,
-    Scale,
     Snapshot,
     StochasticDepth,
 )
@@ -362,7 +359,7 @@ def test_a_resumed_training_of_such_a_teacher_goes_on_bit_for_bit(make_trainer, 
         (lambda: NoisyTeacher(probability=1.5), "probability from 0 to 1"),
         (lambda: NoisyTeacher(sigma=-1.0), "sigma >= 0"),
         (lambda: Scale(0), "factor > 0"),
-        (lambda: MultiView([]), "at least one sub-teacher"),
+        (lambda: MultiView([]), "at least one view"),
     ],
 )
 def test_wrong_numbers_are_told(make, message):
