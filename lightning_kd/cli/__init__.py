@@ -26,6 +26,7 @@ import lightning_kd.models
 import lightning_kd.weighting  # noqa: F401
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
+from lightning_kd.cli.generations import generations
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked, expand_indices
 from lightning_kd.modules import Distiller
@@ -152,13 +153,18 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def main(args: ArgsType = None) -> LightningCLI:
+def main(args: ArgsType = None) -> LightningCLI | None:
     """Run ``lightning-kd``; ``args`` as on the command line, or a dict of it.
 
     Returns:
-        The command line object, whose ``model``, ``trainer`` and ``datamodule`` live on.
+        The command line object, whose ``model``, ``trainer`` and ``datamodule`` live on; None of
+        ``lightning-kd generations``, which runs several.
     """
     quieten()
+    args = sys.argv[1:] if args is None else args
+    if isinstance(args, list) and args[:1] == ["generations"]:
+        generations(args[1:], main)
+        return None
     return DistillationCLI(
         Distiller,
         LightningDataModule,
@@ -169,7 +175,11 @@ def main(args: ArgsType = None) -> LightningCLI:
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,
         parser_class=Parser,
-        parser_kwargs={"prog": "lightning-kd"},
+        parser_kwargs={
+            "prog": "lightning-kd",
+            "description": "Knowledge distillation by Lightning's Trainer. Also: lightning-kd "
+            "generations, networks that teach each other one after the other (--help).",
+        },
         args=args,
     )
 

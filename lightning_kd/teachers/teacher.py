@@ -110,6 +110,8 @@ class Teacher(nn.Module):
         twin = copy.copy(self)
         twin._lent = True
         memo[id(self)] = twin
+        # whatever else refers to parts of the network, in its copy too
+        memo.update((id(part), part) for part in self._parts)
         return twin
 
     def extra_repr(self) -> str:

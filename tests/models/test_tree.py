@@ -11,6 +11,7 @@ from lightning_kd.exchange import Hierarchical
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import Tree, pretrained, resnet14
 from tests import reference
+from tests.modules.test_ranks import launch
 
 LAYERS = ["layer1", "layer2"]
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -179,3 +180,48 @@ def test_every_size_is_exported(make_trainer, digits, tmp_path):
         assert network.models == 2**k
         with torch.no_grad():
             torch.testing.assert_close(network(IMAGES), grown(IMAGES, 2**k))
+
+
+RANKS = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from lightning_kd import PeerCohort
+from lightning_kd.data import Digits
+from lightning_kd.exchange import Hierarchical
+from lightning_kd.losses import SoftTarget
+from lightning_kd.models import Tree
+
+def fit(devices):
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs in ((1, 8), (8, 8), (8, 8)):  # no BatchNorm: it sees half a batch
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(2, outputs), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10)).double()
+    tree = Tree(network, ["2", "5"]).double()
+    module = PeerCohort([tree], Hierarchical(), [SoftTarget(2.0, weight=0.5)], task_weight=0.5)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", devices=devices, logger=False, precision="64-true",
+        strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False,
+    )
+    trainer.fit(module, datamodule=Digits(batch_size=64 // devices, subset=256, val_split=0.0))
+    return trainer, tree
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer, tree = fit(2)
+    if trainer.is_global_zero:
+        torch.save(tree.state_dict(), sys.argv[1] + "/tree.pt")
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    launch(RANKS, tmp_path, str(tmp_path))
+    scope = {}
+    exec(RANKS, scope)
+    _, tree = scope["fit"](1)
+    saved = torch.load(tmp_path / "tree.pt", weights_only=True)
+    for name, value in tree.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-9, atol=1e-10)

@@ -379,6 +379,32 @@ def test_wrong_parts_are_told(build, digits, make_trainer):
         make_trainer().fit(build(weighting=Fixed([0.5, 0.5])), datamodule=digits())
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_copy_shares_the_teacher_and_draws_the_same_paths(source, build):
+    module = build(source)
+    x = torch.rand(4, 1, 8, 8)
+    module.prepare(x)
+    twin = copy.deepcopy(module)
+    mine, theirs = ([k.logits for k in m.train().teach(x, range(m.voices))] for m in (module, twin))
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+    network = next(module._teachers()).network
+    assert next(twin._teachers()).network is network
+    if source == "depth":
+        blocks = {dict(network.named_modules())[name] for name in twin.source.names}
+        assert set(twin.source._paths._blocks) == blocks
+
+
+def test_a_copy_of_a_teacher_in_training_has_its_own_blocks():
+    module = Supervised(teacher(), depth=StochasticDepth(survival=0.5))
+    x = torch.rand(4, 1, 8, 8)
+    module.prepare(x)
+    twin = copy.deepcopy(module)
+    blocks = {dict(twin.student.named_modules())[name] for name in twin.depth.names}
+    assert set(twin.depth._paths._blocks) == blocks
+    assert torch.equal(module.train().learn(x).logits, twin.train().learn(x).logits)
+
+
 # ---------------------------------------------------------------------- two processes
 
 RANKS = """
