@@ -51,8 +51,14 @@ IMAGES, BATCH = 5000, 64
 STEPS = IMAGES // BATCH
 TEACHER_EPOCHS, STUDENT_EPOCHS, CYCLES = 20, 10, 4
 REAL = [f"plain_{k}" for k in range(8)]
+#: kinds of ensembles: weights of the labels for each leaf and for the nested ensembles
+KINDS = {
+    "tree": (0.25, 0.25),
+    "tree, labels for ensembles only": (0.0, 0.5),
+    "independent": (1.0, 0.0),
+}
 LABELS = {"all labels": 1.0, "1 % of the labels": 0.01}
-CUTS = ["layer1", "layer2", "layer3.0"]
+CUTS = ["bn1", "layer1", "layer2"]
 
 
 def teacher_network() -> nn.Module:
@@ -264,12 +270,12 @@ def run_tree(kind: str, seed: int) -> list[dict[str, Any]]:
     else:
         seed_everything(100 * seed, verbose=False)
         tree = Tree(teacher_network(), CUTS)
-        share = 0.5 if kind == "tree" else 0.0
+        leaf_weight, task_weight = KINDS[kind]
         module = PeerCohort(
             [tree],
-            Hierarchical(),
-            losses=[SoftTarget(2.0, weight=share)] if share else [],
-            task_weight=1 - share,
+            Hierarchical(leaf_weight),
+            losses=[SoftTarget(2.0, weight=0.5)],
+            task_weight=task_weight,
             **recipe(TEACHER_EPOCHS),
         )
         spent = fit(module, data(seed, augment=True), TEACHER_EPOCHS)
@@ -355,9 +361,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-KINDS = ("tree", "tree, no distillation", "independent")
-
-
 def plot() -> None:
     """Accuracy against the cost of training, and of an image."""
     import matplotlib
@@ -424,6 +427,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["teachers", "students", "trees", "table", "plot"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     add_part(parser)
     options = parser.parse_args()
     quiet()
@@ -437,7 +441,7 @@ if __name__ == "__main__":
         ]
         run_missing(STUDENTS, ("arm", "labels", "seed"), jobs, run_student, options.part)
     elif options.what == "trees":
-        kinds = [(kind, seed) for seed in options.seeds for kind in KINDS]
+        kinds = [(kind, seed) for seed in options.seeds for kind in options.kinds]
         run_missing(TREES, ("kind", "seed"), kinds, run_tree, options.part)
     elif options.what == "table":
         print(table())

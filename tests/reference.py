@@ -510,9 +510,15 @@ def noisy_logits(logits, coins, noise):
     return torch.stack(rows)
 
 
-def hierarchical(nested, target, a, temperature):
-    """Ruiz & Verbeek 2020, section 3.2: sum_b (1 - a) CE(F_b, y) + a T^2 KL(F_D || F_b)."""
+def hierarchical(nested, target, a, temperature, leaves=(), leaf_weight=0.0):
+    """Ruiz & Verbeek 2020, section 3.2: sum_b (1 - a) CE(F_b, y) + a T^2 KL(F_D || F_b).
+
+    With sum_n w CE(f_n, y) over leaves.
+    """
     total = 0.0
+    for logits in leaves:
+        known = [(z, int(y)) for z, y in zip(logits, target, strict=True) if y >= 0]
+        total = total - leaf_weight * sum(z.log_softmax(0)[y] for z, y in known) / len(known)
     for b, logits in enumerate(nested):
         known = [(z, int(y)) for z, y in zip(logits, target, strict=True) if y >= 0]
         total = total - (1 - a) * sum(z.log_softmax(0)[y] for z, y in known) / len(known)

@@ -5,22 +5,41 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.functional import task_cross_entropy
 from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.ranks import mean_over_labelled
 
 
 class Hierarchical(Exchange):
     r"""The last peer teaches all others: the full ensemble of a ``Tree`` its smaller ones.
 
-    .. math:: \sum_b (1 - a) CE(F_b, y) + a \tau^2 KL(F_D \| F_b)
+    .. math:: \sum_n w\, CE(f_n, y) + \sum_b (1 - a) CE(F_b, y) + a \tau^2 KL(F_D \| F_b)
 
-    with ``task_weight`` :math:`1 - a` and the loss ``SoftTarget`` of weight :math:`a`. Leaves are
-    not taught one by one, so that they stay different.
+    with ``leaf_weight`` :math:`w`, ``task_weight`` :math:`1 - a` and the loss ``SoftTarget`` of
+    weight :math:`a`.
+
+    Args:
+        leaf_weight: Multiplier of each leaf's own cross-entropy with the labels. With 0 the last
+            leaves learn only as parts of a mean of many, which is soon right without them.
+
+    Raises:
+        ValueError: If it is negative.
 
     Source:
         Ruiz & Verbeek 2020 (HNE), https://arxiv.org/abs/2003.01474, section 3.2.
     """
 
     steps_apart = False
+
+    def __init__(self, leaf_weight: float = 0.0) -> None:
+        super().__init__()
+        if leaf_weight < 0:
+            raise ValueError(f"Expected leaf_weight >= 0, got {leaf_weight}.")
+        self.leaf_weight = leaf_weight
+
+    def layers(self) -> Sequence[str]:
+        """The leaves."""
+        return ("leaves",) if self.leaf_weight else ()
 
     def forward(
         self, peers: Sequence[Knowledge], target: Tensor | None
@@ -29,6 +48,15 @@ class Hierarchical(Exchange):
         last = len(peers) - 1
         teacher = mean_of(detached(peers[-1:]), "logit", (last,))
         return [*([teacher] * last), None]
+
+    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+        """What each leaf learns from the labels by itself."""
+        if target is None or not self.leaf_weight:
+            return {}
+        leaves = peers[-1].feature("leaves")
+        values = task_cross_entropy(leaves.flatten(0, 1), target.repeat_interleave(leaves.shape[1]))
+        each = values.view(leaves.shape[:2]).sum(1)
+        return {"leaves/task": self.leaf_weight * mean_over_labelled(each, target)}
 
     def answer(self, peers: Sequence[Knowledge]) -> Tensor:
         """What the last one says."""

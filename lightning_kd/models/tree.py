@@ -108,6 +108,7 @@ class _Leaves(nn.Module):
     def __init__(self, levels: Sequence[Sequence[nn.Module]]) -> None:
         super().__init__()
         self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
+        self.leaves = nn.Identity()  # so that an exchange can read them
 
     def walk(self, x: Tensor, level: int = 0, place: int = 0) -> Iterator[Tensor]:
         """Logits of the leaves behind one branch, depth first."""
@@ -124,7 +125,8 @@ class _Leaves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all leaves, shape (B, leaves, K)."""
-        return torch.stack(list(self.walk(x)), 1)
+        leaves: Tensor = self.leaves(torch.stack(list(self.walk(x)), 1))
+        return leaves
 
 
 class _First(nn.Module):

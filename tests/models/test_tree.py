@@ -113,21 +113,33 @@ def test_wrong_trees_are_told(options, message):
         tree()(IMAGES, 7)
 
 
-def test_hierarchical_loss_equals_the_reference_with_gradients():
+@pytest.mark.parametrize("leaf_weight", [0.0, 0.7])
+def test_hierarchical_loss_equals_the_reference_with_gradients(leaf_weight):
     """By hand: cross-entropy of each ensemble, and the full one teaches the smaller ones."""
     made = tree().double().eval()
     twin, images, target = copy.deepcopy(made), IMAGES.double(), torch.tensor([1, 0, 3, -1, 9])
-    module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0, weight=0.4)], task_weight=0.6)
+    module = PeerCohort(
+        [made], Hierarchical(leaf_weight), [SoftTarget(2.0, weight=0.4)], task_weight=0.6
+    )
     module.eval().prepare(images)  # a cohort puts its peers into train mode
     terms = module.step(images, target)
     loss = torch.stack(list(terms.values())).sum()
     leaves = list(twin.leaves(images))
     nested = [torch.stack(leaves[:count]).mean(0) for count in (1, 2, 4)]
-    slow = reference.hierarchical(nested, target, 0.4, 2.0)
+    slow = reference.hierarchical(nested, target, 0.4, 2.0, leaves, leaf_weight)
     torch.testing.assert_close(loss, slow)
     mine = torch.autograd.grad(loss, list(made.parameters()))
     theirs = torch.autograd.grad(slow, list(twin.parameters()))
     torch.testing.assert_close(mine, theirs)
+
+
+def test_leaves_without_labels_or_with_a_negative_weight():
+    module = PeerCohort([tree()], Hierarchical(0.5), [SoftTarget(2.0)], task_weight=0.0)
+    module.prepare(IMAGES)
+    assert "leaves/task" in module.step(IMAGES, torch.zeros(5, dtype=torch.int64))
+    assert "leaves/task" not in module.step(IMAGES, None)
+    with pytest.raises(ValueError, match="leaf_weight >= 0"):
+        Hierarchical(-1.0)
 
 
 def test_the_full_ensemble_learns_nothing_from_teaching():
