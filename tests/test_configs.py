@@ -53,7 +53,8 @@ def untrained(spec_path, tmp_path):
             "resnet8": ("resnet8", {"width": 32}),
             "multi_teacher": ("resnet8", {"width": 4}),
         }[name]
-        init = {**made[1], "num_classes": 10, "in_channels": 1, "stem_stride": 2}
+        stride = 1 if "runs/digits" in spec_path else 2
+        init = {**made[1], "num_classes": 10, "in_channels": 1, "stem_stride": stride}
         network = getattr(models, made[0])(**init)
         spec = {"class_path": f"lightning_kd.models.{made[0]}", "init_args": init}
     path = tmp_path / f"{name}.safetensors"

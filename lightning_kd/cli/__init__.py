@@ -153,8 +153,11 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def main(args: ArgsType = None) -> LightningCLI | None:
+def main(args: ArgsType = None, run: bool = True) -> LightningCLI | None:
     """Run ``lightning-kd``; ``args`` as on the command line, or a dict of it.
+
+    With ``run=False`` nothing is run and ``args`` name no subcommand: only model, data and trainer
+    are built, for a notebook, say.
 
     Returns:
         The command line object, whose ``model``, ``trainer`` and ``datamodule`` live on; None of
@@ -174,6 +177,7 @@ def main(args: ArgsType = None) -> LightningCLI | None:
         # else --optimizer would optimize the teachers too
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,
+        run=run,
         parser_class=Parser,
         parser_kwargs={
             "prog": "lightning-kd",

@@ -1,0 +1,132 @@
+"""What every paradigm and every method of this package keeps, each as its shipped YAML builds it.
+
+A new method gets all of this with its YAML. Six batches of real digits each; the terminal summary
+shows a table.
+"""
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_kd import PeerCohort
+from lightning_kd.models import pretrained
+from lightning_kd.modules import OneStudent
+
+
+def flat(state, prefix=""):
+    """Every value of a state by its name, also what parts keep beside tensors."""
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def assert_same_state(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], (
+            key
+        )
+
+
+def test_trains_and_touches_no_teacher(method):
+    module, trainer = method.whole
+    trained = [p for part in module.trained() for p in part.parameters()]
+    before = [p for part in method.module.trained() for p in part.parameters()]
+    assert len(before) <= len(trained)  # adapters come with the data
+    learners = module.learners()
+    for name, network in method.module.learners().items():
+        old, new = network.state_dict(), learners[name].state_dict()
+        assert any(not torch.equal(old[k], new[k]) for k in old), f"{name} did not learn"
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    now = {k: v for n in method.teacher_networks() for k, v in n.state_dict().items()}
+    assert_same_state(now, method.kept["teachers"])
+    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    for network in method.teacher_networks():
+        assert not any(part.training for part in network.modules())
+        assert all(p.grad is None and id(p) not in held for p in network.parameters())
+
+
+def test_resumed_equals_uninterrupted(method):
+    module, _ = method.whole
+    again, _ = method.fit(resume=method.checkpoint)
+    assert_same_state(again.state_dict(), module.state_dict())
+
+
+def test_same_seed_same_weights(method):
+    module, _ = method.whole
+    again, _ = method.fit()
+    assert_same_state(again.state_dict(), module.state_dict())
+
+
+def test_checkpoint_is_plain_and_holds_no_teacher(method):
+    _ = method.whole
+    saved = torch.load(method.checkpoint, weights_only=True)
+    kept = saved["state_dict"]
+    foreign = [v for v in method.kept["teachers"].values() if v.dim() > 1]
+    for name, value in flat(kept).items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        same = [f for f in foreign if f.shape == value.shape and torch.equal(f, value)]
+        assert not same, f"{name} is a teacher's"
+
+
+def test_checkpoint_rebuilds_the_module(method):
+    """``load_from_checkpoint`` with what it holds, and with the networks given."""
+    _ = method.whole
+    saved = torch.load(method.checkpoint, weights_only=True)["state_dict"]
+    kind = type(method.module)
+    alone = kind.load_from_checkpoint(method.checkpoint)
+    assert_same_state(alone.state_dict(), saved)
+    fresh, _, _ = method.fresh()
+    given = {"peers": list(fresh.peers.networks)} if isinstance(fresh, PeerCohort) else {
+        "student": fresh.student
+    }  # fmt: skip
+    assert_same_state(kind.load_from_checkpoint(method.checkpoint, **given).state_dict(), saved)
+
+
+def test_export_gives_the_same_answers(method):
+    module, _ = method.whole
+    images = torch.rand(4, *module.input_shape)
+    for name, network in module.learners().items():
+        mine = network.eval()(images)
+        theirs = pretrained(str(method.folder / "export" / f"{name}.safetensors"))(images)
+        torch.testing.assert_close(theirs, mine)
+
+
+def test_bf16_is_close(method):
+    """The first step's loss, and a whole run that stays finite."""
+    first = {}
+    for precision in ("32-true", "bf16-mixed"):
+        _, trainer = method.fit(max_epochs=1, limit_train_batches=1, precision=precision)
+        first[precision] = float(trainer.callback_metrics["train/loss"])
+    _, trainer = method.fit(precision="bf16-mixed")
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    gap = abs(first["bf16-mixed"] - first["32-true"])
+    assert gap <= 0.05 * abs(first["32-true"]) + 0.02, first
+
+
+def test_gradients_accumulate_or_that_is_refused(method):
+    if method.module.automatic_optimization:
+        _, trainer = method.fit(accumulate_grad_batches=2)
+        assert trainer.global_step == 4  # three batches an epoch are two steps
+        assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    else:
+        with pytest.raises(MisconfigurationException, match="manual optimization"):
+            method.fit(accumulate_grad_batches=2)
+
+
+def test_a_batch_of_one_image_is_finite(method):
+    if method.data_free:
+        pytest.skip("makes its own images")
+    module, _ = method.whole
+    module = method.fit(max_epochs=1, limit_train_batches=1)[0]
+    module.train()
+    assert isinstance(module, (OneStudent, PeerCohort))
+    terms = module.step(torch.rand(1, *module.input_shape), torch.tensor([3]))
+    assert terms
+    assert all(torch.isfinite(value).all() for value in terms.values())
