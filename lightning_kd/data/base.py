@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_kd.data.batches import Batches, Order
+from lightning_kd.data.batches import NUM_DRAWS, Batches, Order
 from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.functional.seeds import seeded
+from lightning_kd.teachers import TeacherCache
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -42,6 +43,8 @@ class ImageData(LightningDataModule):
             (``lightning_kd.Teacher`` then takes the same list); ``null``: all.
         predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
             and as they are (for ``PseudoLabels``).
+        teacher_cache: Ask the teachers of ``MultiTeacher`` once about each training image and
+            view; ``null``: at each step.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -65,6 +68,7 @@ class ImageData(LightningDataModule):
         split_seed: int = 0,
         classes: list[int] | None = None,
         predict_split: Literal["test", "train"] = "test",
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -81,7 +85,7 @@ class ImageData(LightningDataModule):
         self.crop_padding, self.flip, self.drop_last = crop_padding, flip, drop_last
         self.download, self.split_seed = download, split_seed
         self.classes = classes
-        self.predict_split = predict_split
+        self.predict_split, self.teacher_cache = predict_split, teacher_cache
         if classes is not None:
             known = range(self.num_classes)
             if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(known):
@@ -131,12 +135,13 @@ class ImageData(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scale to [0, 1] and augment, on the device and for the whole batch at once."""
         images, labels, *draws = batch
+        said = draws[1:]
         if draws and (self.crop_padding or self.flip):
             images = crop_and_flip(images, draws[0], self.crop_padding, self.flip)
         images = images.float().div_(255)
         if self.trainer is not None:  # Lightning converted the batch while it still was integers
             images = self.trainer.precision_plugin.convert_input(images)
-        return images, labels
+        return images, labels, *said
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the shuffle, so that a resumed run keeps the order."""
@@ -194,7 +199,31 @@ class ImageData(LightningDataModule):
                 f"{len(source[1])} images for batches of {self.batch_size} with "
                 f"drop_last={self.drop_last}."
             )
-        return Batches(order, lambda plan: self.fetch(source, plan), train)
+        return Batches(
+            order,
+            lambda plan: self.fetch(source, plan),
+            train,
+            self._seen_by_teachers if train and self.teacher_cache is not None else None,
+        )
+
+    def _seen_by_teachers(self, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        """Draws of this epoch's view of these images, and what teachers said of it."""
+        cache = self.teacher_cache
+        assert cache is not None
+        view = epoch % cache.views
+        draws = cache.draws(view, len(self.training[1]), NUM_DRAWS)[indices]
+        return (draws, cache.read(view, indices)) if cache.ready else (draws,)
+
+    def to_be_cached(self, rank: int, world_size: int) -> Iterator[tuple[int, Tensor, Any]]:
+        """Yield view, indices and raw batch of this process's share of all images and views."""
+        cache = self.teacher_cache
+        assert cache is not None
+        count = len(self.training[1])
+        mine = torch.split(torch.arange(rank, count, world_size), self.batch_size)
+        for view in range(cache.views):
+            draws = cache.draws(view, count, NUM_DRAWS)
+            for indices, batch in zip(mine, self.fetch(self.training, iter(mine)), strict=True):
+                yield view, indices, (*batch, draws[indices])
 
     def _checked(self, train: bool) -> Labelled:
         images, labels = self.load(train)

@@ -81,6 +81,7 @@ class Batches:
         order: Which samples come when.
         fetch: Turns an iterator of index tensors into one of (images, labels).
         train: Add the random draws for augmentation to each batch.
+        beside: Instead of those draws, what to add, given indices (B,) and the epoch.
     """
 
     batch_sampler = None  # Lightning reads it beside `sampler`
@@ -90,7 +91,9 @@ class Batches:
         order: Order,
         fetch: Callable[[Iterator[Tensor]], Iterator[tuple[Tensor, Tensor]]],
         train: bool,
+        beside: Callable[[Tensor, int], tuple[Tensor, ...]] | None = None,
     ) -> None:
+        self.beside = beside
         self.sampler = order  # the name under which Lightning looks for set_epoch
         self.fetch, self.train = fetch, train
         self.position = 0
@@ -105,9 +108,13 @@ class Batches:
             self.position = self._resume[1]
         self._resume = None
         plan = list(self.sampler.batches(self.position))
-        for (_, draws), batch in zip(plan, self.fetch(indices for indices, _ in plan), strict=True):
+        batches = self.fetch(indices for indices, _ in plan)
+        for (indices, draws), batch in zip(plan, batches, strict=True):
             self.position += 1
-            yield (*batch, draws) if self.train else batch
+            if self.beside is not None:
+                yield *batch, *self.beside(indices, epoch)
+            else:
+                yield (*batch, draws) if self.train else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches that were handed out in it."""

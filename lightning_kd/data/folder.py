@@ -11,6 +11,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as image_ops
 
 from lightning_kd.data.base import ImageData, Labelled
+from lightning_kd.teachers import TeacherCache
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
@@ -61,6 +62,8 @@ class ImageFolder(ImageData):
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
         predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
             and as they are (for ``PseudoLabels``).
+        teacher_cache: Ask the teachers of ``MultiTeacher`` once about each training image and
+            view; ``null``: at each step.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -84,6 +87,7 @@ class ImageFolder(ImageData):
         drop_last: bool = False,
         split_seed: int = 0,
         predict_split: Literal["test", "train"] = "test",
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__(
             root=root,
@@ -98,6 +102,7 @@ class ImageFolder(ImageData):
             download=False,
             split_seed=split_seed,
             predict_split=predict_split,
+            teacher_cache=teacher_cache,
         )
         self.image_shape = (channels, image_size, image_size)
         self.num_workers = num_workers

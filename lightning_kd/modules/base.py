@@ -20,6 +20,7 @@ from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.modules.terms import Terms
 from lightning_kd.ranks import gather_objects, mean_over_labelled
 from lightning_kd.strategies import last_checkpoint
+from lightning_kd.teachers import TeacherCache
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
 
@@ -259,10 +260,24 @@ class Distiller(LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
         self._terms = Terms()  # without what a run that broke off has left
+        cache = getattr(self.trainer.datamodule, "teacher_cache", None)  # type: ignore[attr-defined]
+        if cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.use_cache(cache)
         # a validation of its own leaves states behind that were made in inference mode
         for metrics in self.metrics.values():
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
+
+    def use_cache(self, cache: TeacherCache) -> None:
+        """Take what teachers said of the training images from a cache.
+
+        Raises:
+            ValueError: If this paradigm cannot.
+        """
+        raise ValueError(
+            f"Expected MultiTeacher with the data's teacher_cache, got {type(self).__name__}: "
+            f"leave the cache out."
+        )
 
     def common_seed(self, seed: int | None) -> int:
         """A seed of draws that all processes make alike: this one, or else the run's."""

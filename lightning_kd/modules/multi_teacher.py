@@ -1,10 +1,16 @@
 from __future__ import annotations
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
+from lightning_kd.modules.cached import fill
 from lightning_kd.modules.one_student import OneStudent
+from lightning_kd.teachers import TeacherCache
 from lightning_kd.weighting import Weighting
 
 
@@ -66,3 +72,22 @@ class MultiTeacher(OneStudent):
             scheduler_interval,
             num_classes,
         )
+        self._said: Tensor | None = None
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Read images and labels, and what teachers said of them where that is cached."""
+        self._said = None
+        if isinstance(batch, (tuple, list)) and len(batch) == 3:
+            *batch, self._said = batch
+        return super().unpack(batch)
+
+    def teach(self, x: Tensor, indices: Sequence[int], logits: bool = True) -> list[Knowledge]:
+        """Ask the teachers of these indices, or recall what they said."""
+        if self._said is None:
+            return super().teach(x, indices, logits)
+        said = self._said.float()
+        return [Knowledge(said[:, m]) for m in indices]
+
+    def use_cache(self, cache: TeacherCache) -> None:
+        """Ask the teachers once about every image, unless an earlier run has."""
+        fill(self, cache, list(self._teachers()), [*self._losses(), self.weighting])

@@ -6,6 +6,7 @@ from lightning_kd.teachers.snapshot import Snapshot
 from lightning_kd.teachers.stochastic_depth import StochasticDepth
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.teachers.teacher_cache import TeacherCache
 
 __all__ = [
     "MultiView",
@@ -14,4 +15,5 @@ __all__ = [
     "StochasticDepth",
     "SubTeachers",
     "Teacher",
+    "TeacherCache",
 ]

@@ -113,6 +113,7 @@ def method(request, built, tmp_path_factory):
             lambda match: untrained(match[1], folder),
             path.read_text(),
         )
+        text = re.sub(r"(?<=folder: )runs/", f"{folder}/", text)
         if "DataFree" in text:
             for name, value in SMALLER.items():
                 text = re.sub(rf"\b{name}: \d+", f"{name}: {value}", text)

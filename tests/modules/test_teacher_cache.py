@@ -1,0 +1,239 @@
+"""Teachers asked once: the same losses, no teacher in training, nothing stale."""
+
+import json
+
+import pytest
+import torch
+
+from lightning_kd import MultiTeacher, PeerCohort, Supervised, Teacher
+from lightning_kd.data import Digits, ImageFolder
+from lightning_kd.losses import Hint, SoftTarget, SubsetTarget
+from lightning_kd.teachers import TeacherCache
+from lightning_kd.weighting import Confidence, Switching
+from tests.conftest import TinyNet, assert_same_state, state_of
+from tests.modules.test_ranks import launch
+
+DATA = {"batch_size": 40, "subset": 200, "val_split": 40, "crop_padding": 1, "flip": True}
+
+
+def module(**options):
+    torch.manual_seed(1)
+    return MultiTeacher(TinyNet(), [TinyNet(8), TinyNet(6)], **options)
+
+
+@pytest.fixture
+def fit(make_trainer, tmp_path):
+    def go(made=None, cache=None, data=(), resume=None, **options):
+        torch.manual_seed(0)
+        made = module() if made is None else made
+        source = Digits(**{**DATA, **dict(data)}, teacher_cache=cache)
+        source.shuffle_seed = 3
+        trainer = make_trainer(**options)
+        trainer.fit(made, datamodule=source, ckpt_path=resume, weights_only=True)
+        return made, trainer
+
+    return go
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return lambda **o: TeacherCache(str(tmp_path / "cache"), **o)
+
+
+@pytest.mark.parametrize("weighting", [None, Confidence, Switching])
+def test_training_is_as_with_live_teachers(fit, cache, weighting):
+    """Without crops, where views are alike; answers are half precision."""
+    plain = {"crop_padding": 0, "flip": False}
+    options = {} if weighting is None else {"weighting": weighting()}
+    live, one = fit(module(**options), data=plain, num_sanity_val_steps=0)
+    options = {} if weighting is None else {"weighting": weighting()}
+    cached, two = fit(module(**options), cache(), data=plain, num_sanity_val_steps=0)
+    for name, value in live.student.state_dict().items():
+        torch.testing.assert_close(cached.student.state_dict()[name], value, atol=2e-3, rtol=2e-3)
+    for key, value in one.callback_metrics.items():
+        torch.testing.assert_close(two.callback_metrics[key], value, atol=2e-2, rtol=2e-2)
+
+
+def test_each_view_is_what_the_teacher_says_of_the_images_the_student_sees(fit, cache):
+    made, _ = fit(cache=cache(views=3, seed=5), max_epochs=1)
+    source = Digits(**DATA, teacher_cache=cache(views=3, seed=5))
+    source.setup("fit")
+    facts = json.loads((cache().folder / "facts.json").read_text())
+    images = facts.pop("images")
+    assert source.teacher_cache.find(facts, images)
+    loader = source.train_dataloader()
+    seen = {}
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            x, _, said = source.on_after_batch_transfer(batch, 0)
+            live = torch.stack([t(x).logits for t in made._teachers()], 1)
+            torch.testing.assert_close(said.float(), live, atol=5e-3, rtol=5e-3)
+            seen.setdefault(epoch, []).append(said)
+    first, second, fourth = (torch.cat(seen[e]).sum((1, 2)).sort().values for e in (0, 1, 3))
+    assert not torch.allclose(first, second, atol=1e-2)
+    torch.testing.assert_close(first, fourth)  # epoch 3 is view 0 again, in another order
+
+
+def test_teachers_run_once_for_each_image_and_view(fit, cache):
+    made = module()
+    seen = []
+    for network in (t.network for t in made._teachers()):
+        network.register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    fit(made, cache(views=2), limit_val_batches=0, max_epochs=4)
+    assert sum(seen) == 2 * 2 * 200 + 2  # and the dry run
+    seen.clear()
+    fit(made, cache(views=2), limit_val_batches=0, max_epochs=2)
+    assert not seen
+
+
+def test_resumed_run_equals_the_uninterrupted_one(fit, cache, tmp_path):
+    whole, _ = fit(cache=cache(views=2), max_epochs=3)
+    _, trainer = fit(cache=cache(views=2), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again, _ = fit(cache=cache(views=2), max_epochs=3, resume=tmp_path / "half.ckpt")
+    assert_same_state(state_of(again.student), state_of(whole.student))
+
+
+def test_the_largest_logits_keep_their_probability(fit, cache):
+    fit(cache=cache(top_k=3), max_epochs=1)
+    kept = cache(top_k=3)
+    facts = json.loads((kept.folder / "facts.json").read_text())
+    kept.find({k: v for k, v in facts.items() if k != "images"}, facts["images"])
+    said = kept.read(0, torch.arange(50)).float().exp()
+    torch.testing.assert_close(said.sum(2), torch.ones(50, 2), atol=1e-2, rtol=0)
+    least = said.sort(2).values[..., :7]
+    torch.testing.assert_close(least.amax(2), least.amin(2))
+    source = Digits(**DATA, teacher_cache=kept)
+    source.setup("fit")
+    x = source.training[0][:50]
+    x = source.on_after_batch_transfer((x, None, kept.draws(0, 200, 3)[:50]), 0)[0]
+    live = torch.stack([t(x).logits.softmax(1) for t in module()._teachers()], 1)
+    top = live.topk(3, 2)
+    torch.testing.assert_close(said.gather(2, top.indices), top.values, atol=2e-3, rtol=2e-3)
+
+
+def test_teachers_of_some_classes(fit, cache):
+    teachers = [
+        Teacher(TinyNet(num_classes=4), classes=[0, 1, 2, 3], num_classes=10),
+        Teacher(TinyNet(num_classes=7), classes=list(range(3, 10)), num_classes=10),
+    ]
+    made = MultiTeacher(TinyNet(), teachers, losses=[SubsetTarget(weight=1.0)])
+    _, trainer = fit(made, cache(), max_epochs=1)
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+def test_bf16(fit, cache):
+    _, trainer = fit(cache=cache(), max_epochs=1, precision="bf16-mixed")
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+# ---------------------------------------------------------------------- nothing stale
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"cache": {"seed": 1}}, "seed"),
+        ({"cache": {"views": 2}}, "views"),
+        ({"cache": {"top_k": 2}}, "top_k"),
+        ({"data": {"split_seed": 1}}, "data"),
+        ({"data": {"crop_padding": 2}}, "data"),
+        ({"data": {"flip": False}}, "data"),
+        ({"data": {"subset": 199}}, "data, images"),
+        ({"teacher": True}, "teachers"),
+    ],
+)
+def test_answers_about_something_else_are_refused(fit, cache, change, what):
+    fit(cache=cache(), max_epochs=1)
+    made = module()
+    if "teacher" in change:
+        next(made._teachers()).network.linear.bias.data += 1
+    with pytest.raises(ValueError, match=f"but {what} changed since"):
+        fit(made, cache(**change.get("cache", {})), data=change.get("data", {}))
+
+
+def test_an_interrupted_filling_starts_again(fit, cache):
+    folder = cache().folder
+    made = module()
+    next(made._teachers()).network.register_forward_hook(
+        lambda m, x, y: (_ for _ in ()).throw(KeyboardInterrupt) if len(y) > 1 else None
+    )
+    with pytest.raises(SystemExit):
+        fit(made, cache(), max_epochs=1)
+    assert not (folder / "facts.json").exists()
+    fit(cache=cache(), max_epochs=1)
+    assert (folder / "facts.json").exists()
+
+
+def test_damage_is_told(fit, cache):
+    fit(cache=cache(), max_epochs=1)
+    folder = cache().folder
+    content = (folder / "logits.f16").read_bytes()
+    (folder / "logits.f16").write_bytes(content[:-10])
+    with pytest.raises(ValueError, match="to hold 8000 bytes, got 7990: delete"):
+        fit(cache=cache())
+    (folder / "facts.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged: delete"):
+        fit(cache=cache())
+
+
+def test_who_cannot_use_it_says_so(fit, cache, tiny):
+    with pytest.raises(ValueError, match="read logits with teacher_cache, got Hint"):
+        fit(module(losses=[SoftTarget(), Hint("relu", "relu")]), cache())
+    for made in (Supervised(tiny()), PeerCohort([tiny(), tiny()])):
+        with pytest.raises(ValueError, match=f"got {type(made).__name__}: leave the cache out"):
+            fit(made, cache())
+    with pytest.raises(ValueError, match="top_k below the number of classes"):
+        fit(cache=cache(top_k=10))
+    for wrong in ({"views": 0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="views and top_k"):
+            cache(**wrong)
+
+
+def test_a_folder_of_images_is_cached_too(tmp_path, make_trainer, cache):
+    from torchvision.utils import save_image
+
+    for name in "ab":
+        for number in range(6):
+            path = tmp_path / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(torch.rand(1, 8, 8), path)
+    data = ImageFolder(
+        str(tmp_path), image_size=8, channels=1, num_workers=0, val_split=0.0, batch_size=4,
+        crop_padding=1, teacher_cache=cache(views=2),
+    )  # fmt: skip
+    made = MultiTeacher(TinyNet(num_classes=2), [TinyNet(8, num_classes=2)])
+    trainer = make_trainer(max_epochs=3)
+    trainer.fit(made, datamodule=data)
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+RANKS = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from lightning_kd.data import Digits
+from lightning_kd.teachers import TeacherCache
+from tests.modules.test_teacher_cache import DATA, module
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+    )
+    cache = TeacherCache(sys.argv[1], views=2)
+    data = Digits(**{**DATA, "subset": 199}, teacher_cache=cache)
+    trainer.fit(module(), datamodule=data)
+"""
+
+
+def test_processes_share_the_work_and_the_answers(fit, cache, tmp_path):
+    launch(RANKS, tmp_path, str(tmp_path / "two"))
+    fit(cache=cache(views=2), data={"subset": 199}, max_epochs=1)
+    one, two = (
+        torch.frombuffer(bytearray((tmp_path / f / "logits.f16").read_bytes()), dtype=torch.float16)
+        for f in ("cache", "two")
+    )
+    torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
