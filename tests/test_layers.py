@@ -8,7 +8,7 @@ import lightning_kd
 PACKAGE = Path(lightning_kd.__file__).parent
 # lower rooms first: a room imports from itself and from those before it
 ORDER = [
-    "functional", "ranks", "strategies", "knowledge", "schedules", "adapters", "losses",
+    "files", "functional", "ranks", "strategies", "knowledge", "schedules", "adapters", "losses",
     "weighting", "exchange", "replay", "inversion", "sources", "models", "teachers", "modules",
     "callbacks", "data", "cli",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
+from lightning_kd.files import write_atomically
 from lightning_kd.modules import Distiller
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -34,14 +33,3 @@ def refuse_to_overwrite(trainer: Trainer, path: Path, overwrite: bool) -> None:
             f"(--trainer.default_root_dir), go on with that run (--ckpt_path), or replace it "
             f"(--overwrite true; in Python, overwrite=True)."
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is never half there: write aside, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

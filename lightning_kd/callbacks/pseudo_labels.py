@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
+from lightning_kd.files import write_atomically
 
 NAME = "pseudo_labels"
 

@@ -14,8 +14,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_kd.callbacks.cost import cost_of, name_of
-from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder, write_atomically
+from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.callbacks.plot import plot_report
+from lightning_kd.files import write_atomically
 from lightning_kd.modules import Distiller, OneStudent, SubTeacher
 
 

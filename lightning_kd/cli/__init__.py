@@ -29,6 +29,7 @@ from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
 from lightning_kd.cli.generations import generations
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked, expand_indices
+from lightning_kd.files import UNREADABLE, unreadable
 from lightning_kd.modules import Distiller
 
 
@@ -102,7 +103,11 @@ class DistillationCLI(LightningCLI):
         """Say so when the options saved in a checkpoint replace those of the command line."""
         subcommand = self.config.get("subcommand")
         asked = self.config.clone()
-        super()._parse_ckpt_path()
+        try:
+            super()._parse_ckpt_path()
+        except UNREADABLE as error:
+            path = Path(self.config[subcommand].ckpt_path)
+            raise ValueError(unreadable(path, error)) from error
         if not subcommand:
             return
         before, after = asked[subcommand].get("model"), self.config[subcommand].get("model")

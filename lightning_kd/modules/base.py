@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_kd.files import DurableCheckpointIO
 from lightning_kd.functional import task_cross_entropy
 from lightning_kd.modules.allocator import keep_freed_memory
 from lightning_kd.modules.dry_run import example_input
@@ -144,6 +145,7 @@ class Distiller(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Dry run on the shape of the data, before the optimizer is made."""
+        DurableCheckpointIO.install(self.trainer)
         if not self.prepared:
             self.prepare(self.like_input(example_input(self, self.unpack)))
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.files import write_atomically
 from lightning_kd.functional.seeds import seeded
 
 FACTS = "facts.json"
@@ -101,12 +101,8 @@ class TeacherCache:
 
     def finish(self, facts: dict[str, Any], images: int) -> None:
         """Declare the answers complete; by one process, when all have written."""
-        aside = self.folder / f".{FACTS}"
-        with aside.open("w") as file:
-            json.dump({**facts, "images": images}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.folder / FACTS)
+        content = json.dumps({**facts, "images": images}, indent=2)
+        write_atomically(self.folder / FACTS, content.encode())
 
     def write(self, view: int, indices: Tensor, said: Tensor) -> None:
         """Keep the teachers' logits (M, B, K) of these images."""

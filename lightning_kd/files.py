@@ -1,0 +1,110 @@
+"""Files that are never half there, and what is said of those that are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+#: what torch raises where a checkpoint is damaged
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError)
+ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Inside, write a file aside; it is then flushed to disk and takes its name, or nothing stays.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is still there.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(
+            f"Cannot write {path}: {reason}. What was there before is as it was. Free space, or "
+            f"choose another folder (--trainer.default_root_dir)."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is never half there; see ``written_atomically``."""
+    with written_atomically(path) as file:
+        file.write(content)
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Lightning's own, but checkpoints are never half-written, and damaged ones are told.
+
+    Lightning writes into the folder of temporary files, without flushing it to disk, and moves
+    the file from there, which copies it where that is another disk.
+    """
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with written_atomically(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    @override
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except ABSENT:
+            raise
+        except UNREADABLE as error:
+            raise ValueError(unreadable(Path(path), error)) from error
+
+    @classmethod
+    def install(cls, trainer: Trainer) -> None:
+        """Take the place of Lightning's, unless the user chose something else."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = cls()
+
+
+def unreadable(path: Path, error: BaseException) -> str:
+    """Why a checkpoint cannot be read, and which ones beside it can."""
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        why = "needs pickle to load, which can run any code; this package never writes such files"
+    else:
+        why = "is damaged or no checkpoint"
+    others = sorted(
+        (p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: -p.stat().st_mtime
+    )
+    intact = next((p for p in others if _reads(p)), None)
+    offer = f" {intact} can be read." if intact is not None else ""
+    return f"{path} {why} ({str(error).partition(chr(10))[0]}).{offer}"
+
+
+def _reads(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except UNREADABLE:
+        return False
+    return True
