@@ -27,7 +27,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be written; what was there before is still there.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.partial")  # overwritten, if a killed run left one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
