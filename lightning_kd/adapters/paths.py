@@ -40,6 +40,12 @@ class Paths:
                     f"Expected blocks that keep the shape of their input, got {name!r}, which "
                     f"changes it or does not run: leave it out of `blocks`."
                 )
+        nested = [(a, b) for a in asked for b in asked if a != b and f"{a}.".startswith(f"{b}.")]
+        if nested or len(set(asked)) < len(asked):
+            raise ValueError(
+                f"Expected each block once and none inside another, got {asked}: leave the inner "
+                f"or repeated ones out of `blocks`."
+            )
         if not asked:
             raise ValueError(
                 f"Expected blocks that may be left out in {type(network).__name__}, found none: "
@@ -65,6 +71,7 @@ class Paths:
                 over paths is what it adds where all are taken.
         """
         branches = Branches(len(kept))
+        before = [block.__dict__.get("forward") for block in self._blocks]
         for k, block in enumerate(self._blocks):
             block.forward = _Fork(
                 block, block.forward, [path[k] for path in kept], survival[k], branches
@@ -72,8 +79,10 @@ class Paths:
         try:
             yield branches
         finally:
-            for block in self._blocks:
+            for block, own in zip(self._blocks, before, strict=True):
                 del block.forward
+                if own is not None:
+                    block.forward = own
 
 
 class Branches:
@@ -171,13 +180,24 @@ def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
 def _shapes(network: nn.Module, blocks: Sequence[nn.Module], x: Tensor) -> dict[nn.Module, bool]:
     """Whether each block keeps the shape of its input, in the order in which they run."""
     keeps: dict[nn.Module, bool] = {}
+    versions: dict[nn.Module, int] = {}
+
+    def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            versions[block] = inputs[0]._version
 
     def look(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if block in versions and inputs[0]._version != versions[block]:
+            raise ValueError(
+                f"Expected blocks that leave their input as it is, got a {type(block).__name__} "
+                f"that changes it in place: build it with inplace=False."
+            )
         alike = len(inputs) == 1 and isinstance(output, Tensor) and output.shape == inputs[0].shape
         # one that runs twice has no single place on a path
         keeps[block] = alike and block not in keeps
 
-    handles = [block.register_forward_hook(look) for block in blocks]
+    handles = [block.register_forward_pre_hook(note) for block in blocks]
+    handles += [block.register_forward_hook(look) for block in blocks]
     try:
         with modes_kept(network), torch.no_grad():
             network.eval()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class PseudoLabels(Callback):
     def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
         self.folder, self.overwrite = folder, overwrite
         self._said: list[Tensor] = []
+        self._run = ""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the files may be written."""
@@ -46,6 +48,7 @@ class PseudoLabels(Callback):
                 f"{type(data).__name__} with {split}: set --data.predict_split train."
             )
         self._said = []
+        self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
         refuse_to_overwrite(trainer, self._path(trainer, 0), self.overwrite)
 
     def on_predict_batch_end(
@@ -58,6 +61,11 @@ class PseudoLabels(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the probabilities; on a GPU nobody waits for them yet."""
+        if outputs.dim() != 2:
+            raise ValueError(
+                f"Expected one answer an image, probabilities (B, K), got shape "
+                f"{tuple(outputs.shape)}: PseudoLabels is for classification."
+            )
         self._said.append(outputs.detach())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +83,7 @@ class PseudoLabels(Callback):
             "fingerprint": trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             "images": str(order.length),
             "files": str(trainer.world_size),
+            "run": self._run,
         }
         path = self._path(trainer, trainer.global_rank)
         write_atomically(path, save(tensors, facts))
@@ -106,8 +115,7 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
         )
     found: Tensor | None = None
     covered = torch.zeros(0, dtype=torch.bool)
-    files = 1
-    number = 0
+    files, number, run = 1, 0, None
     while number < files:
         path = folder / f"{NAME}_{number}.safetensors"
         if not path.is_file():
@@ -121,14 +129,16 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
                 indices, probabilities = (
                     file.get_tensor("indices"), file.get_tensor("probabilities"),
                 )  # fmt: skip
-            files, count = int(facts["files"]), int(facts["images"])
+            files, count, run = int(facts["files"]), int(facts["images"]), run or facts["run"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no file of pseudo-labels, or damaged: {error}") from error
+        if facts["run"] != run:
+            raise ValueError(f"{path} is of another run than {first.name}: {advice}")
         if facts["fingerprint"] != fingerprint:
             raise ValueError(
                 f"{path} is about other images than these: give the data the root, split_seed, "
-                f"val_split, subset, classes and labelled_fraction that it had under "
-                f"lightning-kd predict."
+                f"val_split, subset, classes, labelled_fraction and keep_unlabelled that it had "
+                f"under lightning-kd predict."
             )
         if found is None:
             found = torch.zeros(count, probabilities.shape[1])

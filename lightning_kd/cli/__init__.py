@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
@@ -206,6 +207,9 @@ def run() -> None:
                 sys.exit(f"lightning-kd: {cause}")
             cause = cause.__cause__ or cause.__context__
         raise  # a fault of somebody's code needs its traceback
+    finally:
+        if torch.distributed.is_initialized():  # else its threads may abort the process at its end
+            torch.distributed.destroy_process_group()
 
 
 __all__ = ["DistillationCLI", "main", "run"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import hashlib
 import io
 import json
 import subprocess
@@ -32,6 +34,7 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: If the configuration has no teacher, or does not export its student.
+        FileExistsError: If a folder holds a generation of other options.
         ChildProcessError: If a generation's training failed.
 
     Source:
@@ -57,35 +60,70 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
     if options.count < 1:
         parser.error(f"expected --count >= 1, got {options.count}")
     config = _configuration(rest, run)
-    teacher = next((k for k in ("teachers", "teacher") if k in config["model"]["init_args"]), None)
+    given = config["model"]["init_args"]
+    teacher = next((k for k in ("teachers", "teacher") if k in given), None)
     if teacher is None:
         raise ValueError(
             f"Expected a model that learns from a teacher, such as MultiTeacher, got "
             f"{config['model']['class_path']}."
         )
+    _look_for_export(config)
     root = Path(config["trainer"]["default_root_dir"] or ".")
+    taught_by = given[teacher] if isinstance(given[teacher], list) else [given[teacher]]
+    last = _measure(config, taught_by, root / "teachers.yaml", run)
+    if options.until_worse and last is None:
+        raise ValueError("Expected validation images with --until_worse, got none: set val_split.")
+    print(f"teachers:     {_percent(last)} on val")
     found: list[dict[str, Any]] = []
     for number in range(1, options.count + 1):
         folder = root / f"generation_{number}"
-        own = [f"--trainer.default_root_dir={folder}"]
-        if isinstance(config["seed_everything"], int):
-            own.append(f"--seed_everything={config['seed_everything'] + number - 1}")
-        if found:
-            last = _network(found[-1]["student"])
-            own.append(f"--model.{teacher}={json.dumps([last] if teacher == 'teachers' else last)}")
-        _train(folder, [*rest, *own])
+        _train(_generation(config, number, folder, teacher, found), folder)
         student = str(folder / "student.safetensors")
-        accuracy = _measure(config, [student], folder / "measure.yaml", run)
+        accuracy = _measure(config, [_network(student)], folder / "measure.yaml", run)
         found.append({"student": student, "accuracy": accuracy})
         print(f"generation {number}: {_percent(accuracy)} on val, {student}")
-        if options.until_worse and len(found) > 1 and not accuracy > found[-2]["accuracy"]:
+        if options.until_worse and not (accuracy or 0) > (last or 0):
             break
+        last = accuracy
     path = root / "ensemble.yaml"
-    together = _measure(config, [each["student"] for each in found], path, run)
+    together = _measure(config, [_network(each["student"]) for each in found], path, run)
     content = json.dumps({"generations": found, "ensemble": together}, indent=2).encode()
     write_atomically(root / "generations.json", content + b"\n")
     print(f"ensemble:     {_percent(together)} on val, lightning-kd test -c {path}")
     return found
+
+
+def _generation(
+    config: dict[str, Any], number: int, folder: Path, teacher: str, found: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The configuration of one generation: complete, so that nothing of another is mixed in."""
+    mine = copy.deepcopy(config)
+    mine["trainer"]["default_root_dir"] = str(folder)
+    if type(mine["seed_everything"]) is int:  # not true, which draws one
+        mine["seed_everything"] += number
+    if found:
+        checkpoint = found[-1]["student"]
+        # its hash, so that a generation is not taken for the pupil of a teacher trained anew
+        last = _network(checkpoint, hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest())
+        mine["model"]["init_args"][teacher] = [last] if teacher == "teachers" else last
+    cache = (mine.get("data") or {}).get("init_args", {}).get("teacher_cache")
+    if cache:  # other teachers, other answers
+        cache["init_args"]["folder"] += f"/generation_{number}"
+    return mine
+
+
+def _look_for_export(config: dict[str, Any]) -> None:
+    for callback in config["trainer"].get("callbacks") or []:
+        if callback["class_path"].rpartition(".")[2] == "ExportStudent":
+            if callback["init_args"].get("folder") is None:
+                return
+            raise ValueError(
+                "Expected ExportStudent without a folder: each generation has its own."
+            )
+    raise ValueError(
+        "Expected the callback lightning_kd.callbacks.ExportStudent in trainer.callbacks, which "
+        "writes the teacher of the next generation; found none."
+    )
 
 
 def _configuration(args: list[str], run: Run) -> dict[str, Any]:
@@ -103,40 +141,50 @@ def _configuration(args: list[str], run: Run) -> dict[str, Any]:
     return found
 
 
-def _network(checkpoint: str) -> dict[str, Any]:
+def _network(checkpoint: str, sha256: str | None = None) -> dict[str, Any]:
     return {
-        "class_path": "lightning_kd.models.pretrained", "init_args": {"checkpoint": checkpoint},
-    }  # fmt: skip
+        "class_path": "lightning_kd.models.pretrained",
+        "init_args": {"checkpoint": checkpoint, "sha256": sha256},
+    }
 
 
-def _train(folder: Path, args: list[str]) -> None:
-    """Train one generation, or go on with it, unless it is finished."""
-    if (folder / "student.json").is_file():  # written last
-        print(f"{folder} is finished.")
-        return
+def _train(config: dict[str, Any], folder: Path) -> None:
+    """Train one generation, or go on with it, unless it is finished.
+
+    Raises:
+        FileExistsError: If it was trained with other options.
+    """
+    path = folder.with_suffix(".yaml")
+    before = yaml.safe_load(path.read_text()) if path.is_file() else None
+    again = bool(config.pop("overwrite", False))
+    if before is not None and not again:
+        if before != config:
+            raise FileExistsError(
+                f"{folder} holds a generation of other options, or of another teacher: choose "
+                f"another folder (--trainer.default_root_dir), or train it anew (--overwrite true)."
+            )
+        if (folder / "student.json").is_file():  # written last
+            print(f"{folder} is finished.")
+            return
+    write_atomically(path, yaml.safe_dump(config, sort_keys=False).encode())
     last = folder / "checkpoints" / "last.ckpt"
-    resume = [f"--ckpt_path={last}"] if last.is_file() else []
-    # a configuration without a checkpoint is a run that broke off before its first
-    again = [] if resume else ["--overwrite=true"]
-    command = [sys.executable, "-m", "lightning_kd", "fit", *args, *resume, *again]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
+    # a folder without a checkpoint is a run that broke off before its first
+    how = f"--ckpt_path={last}" if last.is_file() and not again else "--overwrite=true"
+    command = [sys.executable, "-m", "lightning_kd", "fit", "-c", str(path), how]
+    if subprocess.run(command, check=False).returncode:
         raise ChildProcessError(
             f"Training in {folder} failed (see above); the generations before it are kept, and "
             f"the same command goes on here."
         )
-    if not (folder / "student.json").is_file():
-        raise ValueError(
-            f"Expected {folder} to hold student.safetensors, found none: add the callback "
-            f"lightning_kd.callbacks.ExportStudent."
-        )
 
 
-def _measure(config: dict[str, Any], networks: list[str], path: Path, run: Run) -> float | None:
+def _measure(
+    config: dict[str, Any], networks: list[dict[str, Any]], path: Path, run: Run
+) -> float | None:
     """Validation accuracy of networks together, by a configuration that is left at ``path``."""
     averaged = {
         "class_path": "lightning_kd.models.Averaged",
-        "init_args": {"networks": [_network(name) for name in networks]},
+        "init_args": {"networks": networks},
     }
     trainer = {k: config["trainer"].get(k) for k in ("accelerator", "precision")}
     content = {

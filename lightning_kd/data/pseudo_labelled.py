@@ -52,6 +52,8 @@ class PseudoLabelled(LightningDataModule):
             raise ValueError(f'Expected labels "hard" or "soft", got {labels!r}.')
         if not 0 < share < 1:
             raise ValueError(f"Expected share between 0 and 1, got {share}.")
+        if data.teacher_cache is not None:
+            raise ValueError("Expected data without teacher_cache under PseudoLabelled, got one.")
         self.data, self.folder, self.labels, self.share = data, Path(folder), labels, share
         self.num_classes, self.image_shape = data.num_classes, data.image_shape
         self.targets: Tensor | None = None

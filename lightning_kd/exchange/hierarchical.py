@@ -54,8 +54,8 @@ class Hierarchical(Exchange):
         if target is None or not self.leaf_weight:
             return {}
         leaves = peers[-1].feature("leaves")
-        values = task_cross_entropy(leaves.flatten(0, 1), target.repeat_interleave(leaves.shape[1]))
-        each = values.view(leaves.shape[:2]).sum(1)
+        labels = target.repeat_interleave(leaves.shape[1], 0)
+        each = task_cross_entropy(leaves.flatten(0, 1), labels).view(leaves.shape[:2]).sum(1)
         return {"leaves/task": self.leaf_weight * mean_over_labelled(each, target)}
 
     def answer(self, peers: Sequence[Knowledge]) -> Tensor:

@@ -127,6 +127,11 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
                 logits, target.to(logits), reduction="none", label_smoothing=label_smoothing
             )
         )
+    if target.is_floating_point():
+        raise ValueError(
+            f"Expected whole numbers as labels, or soft labels of shape {tuple(logits.shape)}, got "
+            f"{target.dtype} of shape {tuple(target.shape)}."
+        )
     if target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"Expected labels of shape {tuple(logits.shape[:1] + logits.shape[2:])} for logits of "

@@ -37,7 +37,7 @@ def balanced_labels(probabilities: Tensor, frequencies: Tensor) -> Tensor:
             f"{', '.join(map(str, missing))}: use soft labels, or a better teacher."
         )
     wanted = frequencies * len(label)
-    scale = (predicted / wanted).nan_to_num(posinf=torch.inf).min().clamp(max=1)
+    scale = (predicted / wanted).nan_to_num(nan=torch.inf, posinf=torch.inf).min().clamp(max=1)
     quota = (scale * wanted + 1e-6).floor()  # of the class that sets the scale, all
     # the place of each sample among those of its class, surest first
     order = sure.argsort(descending=True, stable=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_kd.functional import kl_divergence
 from lightning_kd.functional.checks import check_positive
@@ -48,6 +48,14 @@ class HeadTarget(DistillationLoss):
             raise ValueError(
                 f"Expected a head for each of {len(teachers)} teachers, got heads={self.heads}: "
                 f"set it and the student's branches to {len(teachers)}."
+            )
+
+    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """See that the student has as many heads."""
+        branches = getattr(student, "branches", None)
+        if isinstance(branches, nn.ModuleList) and len(branches) != self.heads:
+            raise ValueError(
+                f"Expected a student of {self.heads} branches, got {len(branches)}: set heads."
             )
 
     def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:

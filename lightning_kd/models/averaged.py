@@ -41,7 +41,7 @@ class Averaged(nn.Module):
         for alike, images in looks(views, x):
             for network in self.networks:
                 parts = Knowledge.of(network(images)).logits.chunk(len(alike))
-                said += [back(views[place], part) for place, part in zip(alike, parts, strict=True)]
+                said += [back(views[k], part, x) for k, part in zip(alike, parts, strict=True)]
         logits = torch.stack(said)
         uniform = logits.new_full((len(said),), 1 / len(said), dtype=torch.float32)
         return combine(logits, uniform, 1.0, "probability")

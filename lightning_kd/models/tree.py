@@ -59,9 +59,10 @@ class Tree(Branching):
                 if leaf % 2 ** (len(layers) - level) == 0:  # the first leaf behind this branch
                     levels[level].append(part)
         self.trunk = _Leaves(levels)
-        counts = [2**b for b in range(len(layers) + 1) if 2**b <= self.models]
-        #: ensembles of the first 1, 2, 4, ... leaves
-        self.branches = nn.ModuleList(_First(count) for count in counts)
+        counts = [2**b for b in range(len(layers) + 1) if 2**b < self.models]
+        #: sizes of the nested ensembles: 1, 2, 4, ... and all leaves
+        self.sizes = [*counts, self.models]
+        self.branches = nn.ModuleList(_First(count) for count in self.sizes)
 
     def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
         """Mean logits (B, K) of the first leaves for images (B, C, H, W); no other one is run.
@@ -85,7 +86,7 @@ class Tree(Branching):
 
     def branch_network(self, index: int) -> nn.Module:
         """A tree of the first leaves."""
-        return Tree(fresh(self.init_args["network"]), self.layers, 2**index)
+        return Tree(fresh(self.init_args["network"]), self.layers, self.sizes[index])
 
     def branch_state(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the first leaves."""
@@ -93,13 +94,13 @@ class Tree(Branching):
         wanted = tuple(
             f"trunk.levels.{level}.{place}."
             for level in range(depth + 1)
-            for place in range(-(-(2**index) // 2 ** (depth - level)))
+            for place in range(-(-self.sizes[index] // 2 ** (depth - level)))
         )
         return {k: v for k, v in state.items() if k.startswith(wanted)}
 
     def branch_config(self, index: int, config: Any) -> Any:
         """The same tree with fewer leaves."""
-        return {**config, "init_args": {**config["init_args"], "models": 2**index}}
+        return {**config, "init_args": {**config["init_args"], "models": self.sizes[index]}}
 
 
 class _Leaves(nn.Module):

@@ -16,8 +16,13 @@ class View(nn.Module, ABC):
         """Images (B, C, H, W) as they are seen."""
 
     @abstractmethod
-    def back(self, maps: Tensor) -> Tensor:
-        """Maps (B, ..., H, W) of what was seen, where it is in the image."""
+    def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """What was said of places, (B, C, h, w), where they are in the image.
+
+        Args:
+            maps: Of what was seen, at any resolution.
+            size: Height and width of the image.
+        """
 
 
 class Plain(View):
@@ -27,7 +32,7 @@ class Plain(View):
         """See ``View``."""
         return x
 
-    def back(self, maps: Tensor) -> Tensor:
+    def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """See ``View``."""
         return maps
 
@@ -39,7 +44,7 @@ class Mirror(View):
         """See ``View``."""
         return x.flip(-1)
 
-    def back(self, maps: Tensor) -> Tensor:
+    def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """See ``View``."""
         return maps.flip(-1)
 
@@ -62,16 +67,31 @@ class Scale(View):
 
     def forward(self, x: Tensor) -> Tensor:
         """See ``View``."""
-        return F.interpolate(x, scale_factor=self.factor, mode="bilinear", antialias=True)
+        return _resized(x, self._seen(x.shape[-2:]))
 
-    def back(self, maps: Tensor) -> Tensor:
+    def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """See ``View``."""
-        return F.interpolate(maps, scale_factor=1 / self.factor, mode="bilinear", antialias=True)
+        if maps.shape[-2:] == (1, 1):  # pooled: it has no places
+            return maps
+        seen = self._seen(size)
+        shape = [
+            max(1, round(m * a / b)) for m, a, b in zip(maps.shape[-2:], size, seen, strict=True)
+        ]
+        return _resized(maps, shape)
+
+    def _seen(self, size: Sequence[int]) -> list[int]:
+        return [max(1, round(side * self.factor)) for side in size]
 
 
-def back(view: View, values: Tensor) -> Tensor:
-    """What was said through a view, mapped back; answers about whole images have no places."""
-    return view.back(values) if values.dim() > 3 else values
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    # in full precision: there is no antialiasing of half on a CPU
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return F.interpolate(wide, tuple(size), mode="bilinear", antialias=True).to(x.dtype)
+
+
+def back(view: View, values: Tensor, x: Tensor) -> Tensor:
+    """What was said of ``x`` through a view, mapped back; whole images have no places."""
+    return view.back(values, x.shape[-2:]) if values.dim() > 3 else values
 
 
 def looks(views: Sequence[View], x: Tensor) -> Iterator[tuple[list[int], Tensor]]:

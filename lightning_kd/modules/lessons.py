@@ -112,7 +112,6 @@ class Lessons(nn.Module):
                 f"cohort, such as Uniform or Confidence, got {type(weighting).__name__}."
             )
         self.teachers = nn.ModuleList(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
-        refuse_shared_weights(peers, self._teachers())
         self.losses = nn.ModuleList(
             nn.ModuleDict(by_name(copy.deepcopy(list(losses)))) for _ in peers
         )
@@ -131,7 +130,7 @@ class Lessons(nn.Module):
         if not self.teachers:
             return
         said = []
-        for index, teacher in enumerate(self._teachers()):
+        for index, teacher in enumerate(self.all_teachers()):
             teacher.listen([n for part in self._parts(0) for n in part.teacher_layers(index)])
             said.append(ask(f"teacher {index}", teacher.network, teacher, x))
         for k, peer in enumerate(peers):
@@ -144,7 +143,7 @@ class Lessons(nn.Module):
         """Let losses reach into the networks."""
         for k, peer in enumerate(peers):
             for loss in self._losses(k).values():
-                loss.attach(peer, [teacher.network for teacher in self._teachers()])
+                loss.attach(peer, [teacher.network for teacher in self.all_teachers()])
 
     @torch.no_grad()
     def ask(self, views: Sequence[Tensor]) -> list[dict[int, Knowledge]]:
@@ -169,7 +168,8 @@ class Lessons(nn.Module):
         members, losses = list(said.values()), self._losses(k)
         return lesson(peer, members, tuple(said), losses, self._weighting(k), target)[0]
 
-    def _teachers(self) -> list[Teacher]:
+    def all_teachers(self) -> list[Teacher]:
+        """Whom the peers learn from."""
         return [teacher for teacher in self.teachers if isinstance(teacher, Teacher)]
 
     def _losses(self, k: int) -> dict[str, DistillationLoss]:

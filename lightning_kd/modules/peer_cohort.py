@@ -17,7 +17,7 @@ from lightning_kd.losses import DistillationLoss, SoftTarget
 from lightning_kd.losses.base import by_name
 from lightning_kd.modules.cohort import Cohort
 from lightning_kd.modules.dry_run import ask
-from lightning_kd.modules.lessons import Lessons
+from lightning_kd.modules.lessons import Lessons, refuse_shared_weights
 from lightning_kd.modules.measure import make_cohort_metrics, update_cohort_metrics
 from lightning_kd.modules.peers import Peers
 from lightning_kd.modules.updates import one_after_the_other, play, players
@@ -156,6 +156,7 @@ class PeerCohort(Cohort):
             weighting or Uniform(),
             list(self.peers.branch.branches if self.peers.branching else self.peers.networks),
         )
+        refuse_shared_weights(self.peers.networks, self.lessons.all_teachers())
         inside = [type(loss).__name__ for loss in teacher_losses or () if loss.changes_student]
         if inside and (self.peers.branching or batched):
             raise ValueError(
@@ -187,7 +188,7 @@ class PeerCohort(Cohort):
                 terms |= self.terms_of(k, peers[k], teachers, target, lessons[k])
         if self.peers.mine is not None:
             return self._with_others(terms)
-        return terms | self.exchange.terms(peers, hard(target))
+        return terms | self.exchange.terms(peers, target)
 
     def terms_of(
         self,

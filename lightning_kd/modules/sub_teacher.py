@@ -98,9 +98,9 @@ class SubTeacher(OneStudent):
             return self.source.ask(teacher, x, range(self.voices), True, 0)
 
     def networks(self) -> list[nn.Module]:
-        """The teacher's network, once for each sub-teacher."""
+        """The network behind each sub-teacher."""
         (teacher,) = self._teachers()
-        return [teacher.network] * self.voices
+        return self.source.networks(teacher)
 
     def on_fit_start(self) -> None:
         """Agree on a seed."""

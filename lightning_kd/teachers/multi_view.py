@@ -47,6 +47,6 @@ class MultiView(SubTeachers):
             features = {n: v.chunk(len(alike)) for n, v in said.features.items()}
             for k, place in enumerate(alike):
                 view = views[place]
-                mapped = {n: back(view, values[k]) for n, values in features.items()}
-                found[place] = Knowledge(back(view, parts[k]), mapped)
+                mapped = {n: back(view, values[k], x) for n, values in features.items()}
+                found[place] = Knowledge(back(view, parts[k], x), mapped)
         return [found[place] for place in range(len(views))]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.functional.seeds import seeded
 from lightning_kd.knowledge import Knowledge
-from lightning_kd.ranks import rank
+from lightning_kd.ranks import rank, world_size
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
@@ -55,16 +55,19 @@ class NoisyTeacher(SubTeachers):
         if not self.training or not logits:
             return [said] * len(indices)
         found = []
-        for index in indices:  # other samples in each process, so other noise
-            random = seeded(seed, index, rank(), device=x.device)
+        for index in indices:
+            random = seeded(seed, index, device=x.device)
             found.append(Knowledge(self.disturb(said.logits, random), said.features))
         return found
 
     def disturb(self, logits: Tensor, random: torch.Generator) -> Tensor:
         """Noise on logits (B, K, ...); those of unknown classes stay minus infinity."""
-        device = logits.device
-        coin = torch.rand(len(logits), generator=random, device=device) < self.probability
-        noise = self.sigma * torch.randn(logits.shape, generator=random, device=device)
+        # as one process would draw for all: each has its share of the batch
+        device, total = logits.device, len(logits) * world_size()
+        mine = slice(rank() * len(logits), (rank() + 1) * len(logits))
+        coin = torch.rand(total, generator=random, device=device)[mine] < self.probability
+        drawn = torch.randn((total, *logits.shape[1:]), generator=random, device=device)
+        noise = self.sigma * drawn[mine]
         shape = (-1,) + (1,) * (logits.dim() - 1)
         factor = 1 + coin.view(shape) * noise
         return torch.where(logits.isinf(), logits, logits * factor.to(logits.dtype))

@@ -45,6 +45,10 @@ class Snapshot(SubTeachers):
             assert isinstance(other, Teacher)
             other.listen(layers)
 
+    def networks(self, teacher: Teacher) -> list[nn.Module]:
+        """Each has its own."""
+        return [each.network for each in (teacher, *self.others) if isinstance(each, Teacher)]
+
     def ask(
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
     ) -> list[Knowledge]:

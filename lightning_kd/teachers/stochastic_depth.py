@@ -39,7 +39,9 @@ class StochasticDepth(SubTeachers):
 
     Source:
         Lee et al. 2020, "Stochasticity and skip connections improve knowledge transfer", EUSIPCO;
-        Huang et al. 2016, https://arxiv.org/abs/1603.09382, equations 2 to 5.
+        Huang et al. 2016, https://arxiv.org/abs/1603.09382, equations 2 to 5. Differs from the
+        paper: what a block adds behind its last activation is divided by :math:`p` in training,
+        not multiplied in validation, so that networks need no changes.
     """
 
     def __init__(

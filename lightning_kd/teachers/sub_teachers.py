@@ -34,6 +34,10 @@ class SubTeachers(nn.Module, ABC):
     def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
         """Look at the teacher, of which these layers are listened to, and at one image; once."""
 
+    def networks(self, teacher: Teacher) -> list[nn.Module]:
+        """The network behind each of them."""
+        return [teacher.network] * self.count
+
     @abstractmethod
     def ask(
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int

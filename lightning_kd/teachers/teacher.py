@@ -91,7 +91,7 @@ class Teacher(nn.Module):
                 f"Expected a teacher of {len(self.classes)} outputs, one for each of its classes, "
                 f"got {said.logits.shape[1]}."
             )
-        shape = (len(x), self.num_classes, *said.logits.shape[2:])
+        shape = (len(said.logits), self.num_classes, *said.logits.shape[2:])
         everywhere = said.logits.new_full(shape, -torch.inf)
         return Knowledge(everywhere.index_copy(1, self.classes, said.logits), said.features)
 

@@ -188,6 +188,29 @@ def test_missing_and_damaged_files_are_told(folder, tmp_path):
         ready(folder)
 
 
+def test_files_of_two_runs_are_not_mixed(folder, tmp_path, make_trainer):
+    from safetensors import safe_open
+
+    path = folder / "pseudo_labels_0.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() | {"files": "2"}
+    save_file(load_file(path), path, facts)
+    save_file(load_file(path), folder / "pseudo_labels_1.safetensors", facts | {"run": "other"})
+    with pytest.raises(ValueError, match="is of another run"):
+        ready(folder)
+
+
+def test_dense_answers_and_cached_data_are_refused(tmp_path, make_trainer):
+    from lightning_kd.teachers import TeacherCache
+
+    dense = torch.nn.Conv2d(1, 10, 3)
+    trainer = make_trainer(callbacks=[PseudoLabels(str(tmp_path))])
+    with pytest.raises(ValueError, match="PseudoLabels is for classification"):
+        trainer.predict(Supervised(dense), datamodule=Digits(**SPLIT, predict_split="train"))
+    with pytest.raises(ValueError, match="without teacher_cache"):
+        PseudoLabelled(Digits(teacher_cache=TeacherCache("x")), "x")
+
+
 def test_wrong_data_is_told(folder, tmp_path, make_trainer):
     with pytest.raises(ValueError, match="with and without a label"):
         ready_all(tmp_path, make_trainer)

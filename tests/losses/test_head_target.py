@@ -72,5 +72,9 @@ def test_wrong_heads_are_told():
         build(teachers=2).prepare(IMAGES)
     with pytest.raises(ValueError, match=r"branches\.3"):
         build(heads=4, teachers=4).prepare(IMAGES)
+    three = MultiBranch(network(0).float(), "layer2", 3)
+    module = MultiTeacher(three, [network(s).float() for s in (1, 2)], [HeadTarget(2)])
+    with pytest.raises(ValueError, match="student of 2 branches, got 3"):
+        module.prepare(IMAGES.float())
     with pytest.raises(ValueError, match="temperature"):
         HeadTarget(2, temperature=0.0)

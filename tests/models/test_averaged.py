@@ -32,6 +32,20 @@ def test_dense_answers_are_mapped_back():
     torch.testing.assert_close(Averaged([network], [Plain(), Mirror()])(x).exp(), expected)
 
 
+@pytest.mark.parametrize("factor", [0.4, 0.75, 1.1, 1.25, 6 / 7])
+@pytest.mark.parametrize("size", [7, 8, 28, 30])
+def test_scaled_views_come_back_to_the_size_of_the_image(factor, size):
+    view = Scale(factor)
+    x = torch.rand(2, 3, size, size)
+    for stride in (1, 2):
+        network = nn.Conv2d(3, 4, 3, stride, 1)
+        plain, seen = network(x), network(view(x))
+        assert abs(view.back(seen, x.shape[2:]).shape[-1] - plain.shape[-1]) <= (stride > 1)
+    assert view.back(seen.mean((2, 3), keepdim=True), x.shape[2:]).shape[2:] == (1, 1)
+    assert view.back(view(x), x.shape[2:]).shape == x.shape
+    assert view(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_wrong_parts_are_told():
     with pytest.raises(ValueError, match="at least one network"):
         Averaged([])

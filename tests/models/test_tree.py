@@ -91,7 +91,7 @@ def test_a_smaller_tree_answers_as_the_first_leaves(grown, index):
 def test_any_number_of_models():
     made = tree(models=3).eval()
     assert [len(level) for level in made.trunk.levels] == [1, 2, 3]
-    assert len(made.branches) == 2
+    assert len(made.branches) == 3
     with torch.no_grad():
         assert made(IMAGES).shape == (5, 10)
 
@@ -140,6 +140,36 @@ def test_leaves_without_labels_or_with_a_negative_weight():
     assert "leaves/task" not in module.step(IMAGES, None)
     with pytest.raises(ValueError, match="leaf_weight >= 0"):
         Hierarchical(-1.0)
+
+
+def test_leaves_learn_soft_and_dense_labels():
+    soft = torch.rand(5, 10).softmax(1)
+    module = PeerCohort([tree()], Hierarchical(1.0), [SoftTarget(2.0)], task_weight=0.0)
+    module.eval().prepare(IMAGES)
+    terms = module.step(IMAGES, soft)
+    leaves = module.peers.branch.leaves(IMAGES)
+    expected = sum(-(soft * leaf.log_softmax(1)).sum(1).mean() for leaf in leaves)
+    torch.testing.assert_close(terms["leaves/task"], expected)
+    dense = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    module = PeerCohort([Tree(dense, ["1"])], Hierarchical(1.0), [SoftTarget(2.0)])
+    module.eval().prepare(IMAGES)
+    places = torch.randint(0, 3, (5, *IMAGES.shape[2:]))
+    expected = sum(
+        nn.functional.cross_entropy(leaf, places) for leaf in module.peers.branch.leaves(IMAGES)
+    )
+    torch.testing.assert_close(module.step(IMAGES, places)["leaves/task"], expected)
+
+
+def test_every_leaf_learns_whatever_their_number():
+    made = tree(models=3)
+    assert made.sizes == [1, 2, 3]
+    module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0)])
+    module.prepare(IMAGES)
+    torch.stack(list(module.step(IMAGES, torch.zeros(5).long()).values())).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
+    smaller = made.eval().branch_network(2)
+    smaller.load_state_dict(made.branch_state(2, made.state_dict()))
+    torch.testing.assert_close(smaller.eval()(IMAGES), made(IMAGES))
 
 
 def test_the_full_ensemble_learns_nothing_from_teaching():

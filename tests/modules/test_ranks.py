@@ -162,7 +162,9 @@ if __name__ == "__main__":
 def launch(script, folder, *args):
     """Run a script whose Trainer starts the other ranks."""
     path = folder / "train.py"
-    path.write_text(script)
+    # else gloo's threads may abort the interpreter when it ends
+    end = "    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()"
+    path.write_text(f"{script.rstrip()}\n{end}\n")
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, str(path), *args],

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_kd import SubTeacher, Supervised, Teacher
-from lightning_kd.losses import AttentionTransfer, Hint, LogitMSE, SoftTarget
+from lightning_kd.losses import AttentionTransfer, Hint, LogitMSE, SoftTarget, SubsetTarget
 from lightning_kd.models import Mirror, Plain, Scale, resnet8, resnet14
 from lightning_kd.teachers import (
     MultiView,
@@ -179,9 +180,11 @@ def test_views_are_mapped_back():
     torch.testing.assert_close(said[1].feature("layer1"), mirrored.feature("layer1").flip(-1))
     assert [one.feature("layer1").shape for one in said] == [said[0].feature("layer1").shape] * 3
     for view in (Plain(), Mirror()):
-        assert torch.equal(view.back(view(IMAGES)), IMAGES)
+        assert torch.equal(view.back(view(IMAGES), IMAGES.shape[2:]), IMAGES)
     smooth = torch.linspace(0, 1, 8).expand(1, 1, 8, 8)
-    torch.testing.assert_close(Scale(2.0).back(Scale(2.0)(smooth)), smooth, atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        Scale(2.0).back(Scale(2.0)(smooth), smooth.shape[2:]), smooth, atol=0.05, rtol=0
+    )
 
 
 def test_views_of_one_size_are_one_batch():
@@ -403,6 +406,79 @@ def test_a_copy_of_a_teacher_in_training_has_its_own_blocks():
     blocks = {dict(twin.student.named_modules())[name] for name in twin.depth.names}
     assert set(twin.depth._paths._blocks) == blocks
     assert torch.equal(module.train().learn(x).logits, twin.train().learn(x).logits)
+
+
+def test_losses_reach_the_network_of_each_snapshot(tmp_path, build):
+    from lightning_kd.losses import ConfidentHint
+
+    first, second = teacher(), teacher()
+    second.linear.bias.data += 1
+    save_file(second.state_dict(), tmp_path / "second.safetensors")
+    loss = ConfidentHint("layer3", "layer3", "linear")
+    snapshots = Snapshot([str(tmp_path / "second.safetensors")])
+    torch.manual_seed(0)
+    module = SubTeacher(resnet8(in_channels=1, width=4), first, snapshots, losses=[loss])
+    module.prepare(torch.rand(2, 1, 8, 8))
+    mine = next(iter(module._losses()))
+    assert mine._classifiers[0] is first.linear
+    assert torch.equal(mine._classifiers[1].bias, second.linear.bias)
+
+
+def test_paths_through_a_teacher_of_some_classes():
+    network = resnet14(in_channels=1, width=4, num_classes=3).eval()
+    some = Teacher(network, classes=[0, 2, 4], num_classes=5)
+    student = resnet8(in_channels=1, width=4, num_classes=5)
+    source = StochasticDepth(3, survival=0.5)
+    module = SubTeacher(student, some, source, losses=[SubsetTarget()])
+    x = torch.rand(4, 1, 8, 8)
+    module.prepare(x)
+    module.train()
+    for _ in range(5):
+        assert torch.isfinite(module.step(x, torch.tensor([0, 1, 2, 3]))["subset_target"])
+    said = module.teach(x, range(3))
+    assert all(torch.isinf(k.logits[:, [1, 3]]).all() for k in said)
+
+
+def test_blocks_that_cannot_be_left_out_are_told():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(1, 1, 3, 1, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.conv(self.relu(x)) + x
+
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(InPlace()))
+    x = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="InPlace that changes it in place"):
+        StochasticDepth().prepare(network, x)
+    for blocks in (["layer1.0", "layer1.0"], ["layer1", "layer1.0"]):
+        with pytest.raises(ValueError, match="each block once and none inside another"):
+            StochasticDepth(blocks=blocks).prepare(teacher(), x)
+
+
+def test_a_forward_of_somebody_else_is_left_in_place():
+    network = teacher()
+    block = network.layer1[0]
+    block.forward = own = block.forward
+    source = StochasticDepth(2, survival=0.5)
+    source.prepare(network, torch.rand(1, 1, 8, 8))
+    with source.on(source.draw(2, 0)):
+        network(torch.rand(2, 1, 8, 8))
+    assert block.__dict__["forward"] is own
+
+
+def test_processes_draw_the_noise_of_one(monkeypatch):
+    from lightning_kd.teachers import noisy_teacher
+
+    source = NoisyTeacher(probability=0.5, sigma=0.3)
+    logits = torch.randn(6, 10)
+    whole = source.disturb(logits, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(noisy_teacher, "world_size", lambda: 2)
+    for rank, part in enumerate(logits.split(3)):
+        monkeypatch.setattr(noisy_teacher, "rank", lambda rank=rank: rank)
+        found = source.disturb(part, torch.Generator().manual_seed(1))
+        assert torch.equal(found, whole[3 * rank : 3 * rank + 3])
 
 
 # ---------------------------------------------------------------------- two processes
