@@ -75,6 +75,8 @@ class ImageData(LightningDataModule):
             raise ValueError(f"Expected batch_size >= 1, got {batch_size}.")
         if val_split < 0:
             raise ValueError(f"Expected val_split >= 0, got {val_split}.")
+        if crop_padding < 0:
+            raise ValueError(f"Expected crop_padding >= 0, got {crop_padding}.")
         if subset is not None and subset <= 0:
             raise ValueError(f"Expected subset > 0 or null, got {subset}.")
         if not 0 <= labelled_fraction <= 1:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lightning_kd.functional.checks import check_positive
+
 
 class ImageGenerator(nn.Module):
     """Noise to images in [0, 1]: a linear layer, then convolutions that double the resolution.
@@ -31,6 +33,8 @@ class ImageGenerator(nn.Module):
         doublings: int = 2,
     ) -> None:
         super().__init__()
+        check_positive(width, "width")
+        check_positive(latent, "latent")
         if image_shape is None or len(image_shape) != 3:
             raise ValueError(
                 f"Expected image_shape as (channels, height, width), got {image_shape}."

@@ -6,6 +6,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.functional.checks import check_positive
+
 Shortcut = Literal["pad", "projection"]
 
 
@@ -95,6 +97,8 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"Expected depth 6 n + 2 (8, 14, 20, 32, ...), got {depth}.")
+        check_positive(width, "width")
+        check_positive(stem_stride, "stem_stride")
         if shortcut not in ("pad", "projection"):
             raise ValueError(f'Expected shortcut "pad" or "projection", got {shortcut!r}.')
         self.init_args = {  # so that an export knows how to build it

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.functional.checks import check_positive
+
 
 class WideBlock(nn.Module):
     """BatchNorm, ReLU, 3x3 convolution, twice, around a shortcut.
@@ -69,6 +71,8 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"Expected depth 6 n + 4 (10, 16, 22, 28, 40), got {depth}.")
+        check_positive(widen_factor, "widen_factor")
+        check_positive(stem_stride, "stem_stride")
         self.init_args = {  # so that an export knows how to build it
             "depth": depth,
             "widen_factor": widen_factor,
