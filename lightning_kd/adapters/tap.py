@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -89,13 +90,21 @@ class Tap:
     def hook(self) -> None:
         """Hook the named layers, again where one was replaced (SyncBatchNorm does)."""
         layers = [find_layer(self.network, layer) for layer in self.layers]
-        if any(a is not b for a, b in zip(layers, self._hooked, strict=False)) or not self._hooked:
+        pairs = list(zip(layers, self._records, strict=True))
+        kept = all(any(h is r for h in layer._forward_hooks.values()) for layer, r in pairs)
+        same = all(a is b for a, b in zip(layers, self._hooked, strict=False))
+        if not (kept and same and self._hooked):
             self.remove()
             self._hooked = layers
-            self._handles = [
-                layer.register_forward_hook(record)
-                for layer, record in zip(layers, self._records, strict=True)
-            ]
+            self._handles = [layer.register_forward_hook(record) for layer, record in pairs]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        """Hook the copy of the network: a copied ``GraphModule`` has lost its hooks."""
+        twin = Tap.__new__(Tap)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.hook()
+        return twin
 
     def __call__(self, x: Tensor, logits: bool = True) -> Knowledge:
         """Run the network on images, shape (B, C, H, W).

@@ -107,29 +107,33 @@ def method(request, built, tmp_path_factory):
     """One YAML of configs/digits."""
     path = request.param
     if path.stem not in built:
-        folder = tmp_path_factory.mktemp(path.stem)
-        text = re.sub(
-            r"(?<=checkpoint: )(runs/[\w/.]+\.safetensors)",
-            lambda match: untrained(match[1], folder),
-            path.read_text(),
-        )
-        text = re.sub(r"(?<=folder: )runs/", f"{folder}/", text)
-        if "DataFree" in text:
-            for name, value in SMALLER.items():
-                text = re.sub(rf"\b{name}: \d+", f"{name}: {value}", text)
-        (folder / "c.yaml").write_text(text)
-        here = Path.cwd()
-        os.chdir(ROOT)
-        cli = main(["-c", str(folder / "c.yaml")], run=False)
-        os.chdir(here)
-        kept = [
-            c for c in cli.trainer.callbacks
-            if type(c).__module__.startswith("lightning_kd")
-            and not isinstance(c, (ModelCheckpoint, DistillationReport, ExportStudent))
-            and type(c).__name__ not in ("SaveRunConfig", "InversionReport")
-        ]  # fmt: skip
-        built[path.stem] = Method(path.stem, folder, cli.model, cli.datamodule, kept)
+        built[path.stem] = build(path, tmp_path_factory.mktemp(path.stem))
     return built[path.stem]
+
+
+def build(path: Path, folder: Path) -> Method:
+    """Module, data and callbacks of a YAML, with nothing written outside ``folder``."""
+    text = re.sub(
+        r"(?<=checkpoint: )(runs/[\w/.]+\.safetensors)",
+        lambda match: untrained(match[1], folder),
+        path.read_text(),
+    )
+    text = re.sub(r"(?<=folder: )runs/", f"{folder}/", text)
+    if "DataFree" in text:
+        for name, value in SMALLER.items():
+            text = re.sub(rf"\b{name}: \d+", f"{name}: {value}", text)
+    (folder / "c.yaml").write_text(text)
+    here = Path.cwd()
+    os.chdir(ROOT)
+    cli = main(["-c", str(folder / "c.yaml")], run=False)
+    os.chdir(here)
+    kept = [
+        c for c in cli.trainer.callbacks
+        if type(c).__module__.startswith("lightning_kd")
+        and not isinstance(c, (ModelCheckpoint, DistillationReport, ExportStudent))
+        and type(c).__name__ not in ("SaveRunConfig", "InversionReport")
+    ]  # fmt: skip
+    return Method(path.stem, folder, cli.model, cli.datamodule, kept)
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,19 @@ def test_a_pretrained_student_is_trained_not_only_evaluated(make_trainer, digits
     assert not torch.equal(student.bn1.running_mean, before)
 
 
+def test_a_copy_reads_its_own_heads():
+    """Branches are graph modules, whose copies lose their hooks."""
+    module = build(teachers=3)
+    module.prepare(IMAGES)
+    twin = copy.deepcopy(module)
+    target = torch.arange(5)
+    mine, theirs = (m.train().step(IMAGES, target) for m in (module, twin))
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value)
+    theirs["head_target"].backward()
+    assert all(p.grad is None for p in module.student.parameters())
+
+
 def test_wrong_heads_are_told():
     with pytest.raises(ValueError, match="head for each of 2 teachers, got heads=3"):
         build(teachers=2).prepare(IMAGES)
