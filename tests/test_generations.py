@@ -126,8 +126,9 @@ def test_generations_that_are_no_better_end_it(breed, tmp_path):
 
 
 def test_mistakes_are_told(breed, tmp_path, capsys):
-    with pytest.raises(ValueError, match="learns from a teacher"):
-        breed(config="configs/digits/teacher.yaml")
+    for config in ("teacher", "tree"):
+        with pytest.raises(ValueError, match="learns from a teacher"):
+            breed(config=f"configs/digits/{config}.yaml")
     with pytest.raises(SystemExit):
         breed("--count=0")
     assert "expected --count >= 1" in capsys.readouterr().err

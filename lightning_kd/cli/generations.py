@@ -61,7 +61,7 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
         parser.error(f"expected --count >= 1, got {options.count}")
     config = _configuration(rest, run)
     given = config["model"]["init_args"]
-    teacher = next((k for k in ("teachers", "teacher") if k in given), None)
+    teacher = next((k for k in ("teachers", "teacher") if given.get(k)), None)
     if teacher is None:
         raise ValueError(
             f"Expected a model that learns from a teacher, such as MultiTeacher, got "
@@ -171,7 +171,11 @@ def _train(config: dict[str, Any], folder: Path) -> None:
     # a folder without a checkpoint is a run that broke off before its first
     how = f"--ckpt_path={last}" if last.is_file() and not again else "--overwrite=true"
     command = [sys.executable, "-m", "lightning_kd", "fit", "-c", str(path), how]
-    if subprocess.run(command, check=False).returncode:
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped in {folder}: the same command goes on there.")
+    if code:
         raise ChildProcessError(
             f"Training in {folder} failed (see above); the generations before it are kept, and "
             f"the same command goes on here."

@@ -26,11 +26,11 @@ class PseudoLabelled(LightningDataModule):
 
     Args:
         data: Images, of which some have no label (``labelled_fraction``).
-        folder: That ``PseudoLabels`` wrote to.
+        folder: Where ``PseudoLabels`` wrote its files.
         labels: ``"hard"``: the likeliest class of those images that the teacher is surest about, as
             many of each class as among the labelled images, the others are left out; ``"soft"``:
             probabilities of all images.
-        share: Of the pseudo-labelled images in each batch, in (0, 1).
+        share: How much of each batch are pseudo-labelled images, in (0, 1).
 
     Raises:
         ValueError: If ``labels`` or ``share`` is something else.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.adapters import find_layer
 from lightning_kd.models.branching import Branching
 from lightning_kd.models.multi_branch import fresh, split_at
 
@@ -40,8 +41,8 @@ class Tree(Branching):
         self, network: nn.Module, layers: Sequence[str], models: int | None = None
     ) -> None:
         super().__init__()
-        if not layers:
-            raise ValueError("Expected at least one layer to cut behind, got none.")
+        if isinstance(layers, str) or not layers:
+            raise ValueError(f"Expected a list of layers to cut behind, got {layers!r}.")
         most = 2 ** len(layers)
         self.models = most if models is None else models
         if not 1 <= self.models <= most:
@@ -69,7 +70,7 @@ class Tree(Branching):
 
         Args:
             x: Images.
-            num_models: How many leaves; ``None``: all.
+            num_models: How many leaves, any number of them; ``None``: all.
 
         Raises:
             ValueError: If there are not so many.
@@ -147,6 +148,13 @@ def _parts(network: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     parts: list[nn.Module] = []
     rest: nn.Module = network
     for layer in layers:
-        part, rest = split_at(rest, layer)
+        find_layer(network, layer)
+        try:
+            part, rest = split_at(rest, layer)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected layers in the order in which they run, each once, got {list(layers)}: "
+                f"{layer!r} does not come behind those before it. ({error})"
+            ) from error
         parts.append(part)
     return [*parts, rest]

@@ -50,6 +50,7 @@ def fill(
         classes,
     )
     if trainer.strategy.broadcast(cache.find(facts, count)):
+        rank_zero_info(f"Answers of {len(teachers)} teachers are there: {cache.folder}")
         return
     rank_zero_info(
         f"Asking {len(teachers)} teachers about {count} images in {cache.views} views, once; "

@@ -38,7 +38,8 @@ def ask(
         if convolution is not None and convolution.in_channels != x.shape[1]:
             hint = (
                 f" Its first convolution expects {convolution.in_channels} channels, got "
-                f"{x.shape[1]}: build it with in_channels={x.shape[1]}, or change the data."
+                f"{x.shape[1]}: build it with in_channels={x.shape[1]}, if it has that option, or "
+                f"change the data."
             )
         first_line = str(error).partition("\n")[0]
         raise ValueError(

@@ -101,9 +101,10 @@ def test_any_number_of_models():
     [
         ({"models": 5}, "models from 1 to 4"),
         ({"models": 0}, "models from 1 to 4"),
-        ({"layers": []}, "at least one layer"),
+        ({"layers": []}, "a list of layers"),
+        ({"layers": "layer1"}, "a list of layers"),
         ({"layers": ["layer9"]}, "name of a layer"),
-        ({"layers": ["layer2", "layer1"]}, "name of a layer"),
+        ({"layers": ["layer2", "layer1"]}, "in the order in which they run"),
     ],
 )
 def test_wrong_trees_are_told(options, message):
