@@ -361,6 +361,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plain_ticks(axis: Any, values: tuple[int, ...]) -> None:
+    axis.minorticks_off()
+    axis.set_xticks(values, [str(value) for value in values])
+
+
 def plot() -> None:
     """Accuracy against the cost of training, and of an image."""
     import matplotlib
@@ -387,13 +392,14 @@ def plot() -> None:
                     f"{ARMS[arm][0]}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8
                 )
         axis.set_xscale("log")
+        plain_ticks(axis, (100, 200, 400, 700))
         axis.set_xlabel("training of teachers and student, seconds of one core")
         axis.set_title(labels)
     axes[0].set_ylabel("test accuracy %, mean ± standard error")
     axes[0].legend()
     figure.savefig(STUDENTS.with_suffix(".png"), dpi=120)
 
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
     rows = read(TREES)
     for kind in KINDS:
         points = []
@@ -416,9 +422,10 @@ def plot() -> None:
                 f"{count}", (a, b), xytext=(4, -11), textcoords="offset points", fontsize=8
             )
     axis.set_xscale("log")
+    plain_ticks(axis, (10, 20, 40, 70))
     axis.set_xlabel("million multiply-adds an image")
     axis.set_ylabel("test accuracy %, mean ± standard error")
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=len(KINDS))
     figure.savefig(TREES.with_suffix(".png"), dpi=120)
 
 
