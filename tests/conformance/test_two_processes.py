@@ -1,10 +1,13 @@
 """Two gloo processes train every method to the weights that one trains it to."""
 
+import os
+
 import pytest
 import torch
 
 from tests.conformance.conftest import CONFIGS, build
 from tests.modules.test_ranks import launch
+from tests.test_configs import ROOT
 
 SCRIPT = """
 import sys
@@ -22,6 +25,12 @@ if __name__ == "__main__":
 """
 
 
+#: these compare the images of a batch with each other, of which a process has its share only
+OF_THE_BATCH = ("gram_loss", "log_euclidean", "pkt", "relational")
+#: trust that is computed in single precision
+ROUNDED = {"domain_similarity": 1e-4, "gradient_space": 1e-6}
+
+
 def without_batch_statistics(module):
     """A process has its share of a batch only, so BatchNorm cannot agree with one process."""
     for part in list(module.modules()):
@@ -34,6 +43,7 @@ def without_batch_statistics(module):
 
 def train(name, devices, folder):
     """Three batches of 64 images in all processes together; in double precision."""
+    os.chdir(ROOT)  # files that a YAML names lie there
     method = build(next(p for p in CONFIGS if p.stem == name), folder)
     module, data = method.module, method.data  # a copy would leave teachers as they are
     data.batch_size, data.shuffle_seed = 64 // devices, 5
@@ -52,7 +62,9 @@ def train(name, devices, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    names = [p.stem for p in CONFIGS if "DataFree" not in p.read_text()]
+    names = [
+        p.stem for p in CONFIGS if "DataFree" not in p.read_text() and p.stem not in OF_THE_BATCH
+    ]
     for name in names:
         (tmp_path / name).mkdir()
         train(name, 1, tmp_path / name)
@@ -63,6 +75,6 @@ def test_two_processes_equal_one(tmp_path):
         assert one.keys() == two.keys()
         gaps = {k: float((v.double() - two[k].double()).abs().max()) for k, v in one.items()}
         worst = max(gaps, key=lambda k: gaps[k])
-        if gaps[worst] > 1e-8:
+        if gaps[worst] > ROUNDED.get(name, 1e-8):
             wrong[name] = (worst, gaps[worst])
     assert not wrong, wrong
