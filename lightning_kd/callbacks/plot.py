@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_kd.files import written_atomically
+
 
 def plot_report(report: dict[str, Any], path: Path) -> bool:
     """Draw loss terms and accuracies by epoch.
@@ -81,8 +83,6 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
+    with written_atomically(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     return True

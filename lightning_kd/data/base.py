@@ -171,7 +171,8 @@ class ImageData(LightningDataModule):
 
     def content(self, images: Any) -> bytes:
         """What tells images from others, for ``fingerprint``."""
-        return bytes(images.numpy().tobytes())
+        found: bytes = images.numpy().tobytes()
+        return found
 
     def fetch(self, source: Labelled, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels) for each tensor of indices in ``plan``."""
@@ -179,20 +180,23 @@ class ImageData(LightningDataModule):
         for indices in plan:
             yield images[indices], labels[indices]
 
+    def processes(self) -> dict[str, int]:
+        """Number of this process and of all, as ``Order`` takes them."""
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        return {"rank": share.get("rank", 0), "world_size": share.get("num_replicas", 1)}
+
     def _batches(self, source: Labelled | None, train: bool = False) -> Batches:
         if source is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no data yet: call setup('fit') or setup('test') first."
             )
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         order = Order(
             len(source[1]),
             self.batch_size,
             shuffle=train,
             seed=lambda: self.shuffle_seed or 0,
             drop_last=self.drop_last,
-            rank=share.get("rank", 0),
-            world_size=share.get("num_replicas", 1),
+            **self.processes(),
         )
         ranks = order.world_size
         if not len(order) or len(source[1]) < ranks:

@@ -96,15 +96,13 @@ class PseudoLabelled(LightningDataModule):
             raise RuntimeError("PseudoLabelled has no data yet: call setup('fit') first.")
         images, known = self.data.training
         usable = labelled(self.targets)
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         order = TwoKinds(
             (known >= 0).nonzero()[:, 0],
             ((known < 0) & usable).nonzero()[:, 0],
             self.data.batch_size,
             self.share,
             seed=lambda: self.data.shuffle_seed or 0,
-            rank=share.get("rank", 0),
-            world_size=share.get("num_replicas", 1),
+            **self.data.processes(),
         )
         source = (images, self.targets)
         return Batches(order, lambda plan: self.data.fetch(source, plan), train=True)

@@ -41,6 +41,8 @@ class MultiTeacher(OneStudent):
         Hinton et al. 2015, https://arxiv.org/abs/1503.02531; You et al., KDD 2017.
     """
 
+    _said: Tensor | None
+
     def __init__(
         self,
         student: nn.Module,
@@ -72,12 +74,12 @@ class MultiTeacher(OneStudent):
             scheduler_interval,
             num_classes,
         )
-        self._said: Tensor | None = None
+        self._cached, self._said = False, None
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Read images and labels, and what teachers said of them where that is cached."""
         self._said = None
-        if isinstance(batch, (tuple, list)) and len(batch) == 3:
+        if self._cached and isinstance(batch, (tuple, list)) and len(batch) == 3:
             *batch, self._said = batch
         return super().unpack(batch)
 
@@ -90,4 +92,5 @@ class MultiTeacher(OneStudent):
 
     def use_cache(self, cache: TeacherCache) -> None:
         """Ask the teachers once about every image, unless an earlier run has."""
+        self._cached = True
         fill(self, cache, list(self._teachers()), [*self._losses(), self.weighting])

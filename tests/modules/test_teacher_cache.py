@@ -166,6 +166,12 @@ def test_an_interrupted_filling_starts_again(fit, cache):
     assert (folder / "facts.json").exists()
 
 
+def test_other_batches_of_three_are_still_refused():
+    batch = (torch.rand(4, 1, 8, 8), torch.arange(4), torch.arange(4))
+    with pytest.raises(TypeError, match=r"batches of \(images, labels\), got"):
+        module().unpack(batch)
+
+
 def test_damage_is_told(fit, cache):
     fit(cache=cache(), max_epochs=1)
     folder = cache().folder
