@@ -90,3 +90,32 @@ def assert_same_state(a, b):
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), key
+
+
+# ---------------------------------------------------- the table of tests/conformance
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and "test_battery.py" in report.nodeid:
+        name, _, rest = report.nodeid.rpartition("::")[2].partition("[")
+        mark = {"passed": "+", "failed": "FAIL", "skipped": "-"}[report.outcome]
+        RESULTS.setdefault(rest.partition("]")[0], {})[name.removeprefix("test_")] = mark
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = {k: RESULTS[k] for k in sorted(RESULTS)}
+    columns = sorted({column for row in rows.values() for column in row})
+    if not rows:
+        return
+    terminalreporter.section("conformance: + holds, - does not apply")
+    width = max(map(len, rows))
+    for number, column in enumerate(columns, 1):
+        terminalreporter.line(f"{number:3} {column.replace('_', ' ')}")
+    head = " ".join(f"{n:>4}" for n in range(1, len(columns) + 1))
+    terminalreporter.line(f"{'':{width}} {head}")
+    for name, row in rows.items():
+        cells = " ".join(f"{row.get(column, ''):>4}" for column in columns)
+        terminalreporter.line(f"{name:{width}} {cells}")
+
+
+RESULTS: dict[str, dict[str, str]] = {}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -58,8 +59,10 @@ class _Record:
                 f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
                 f"layer inside or behind it."
             )
-        # inference mode, which Lightning uses in test, keeps no version
-        version = -1 if output.is_inference() else output._version
+        # inference mode, which Lightning uses in test, keeps no version; a compiled pass comes after
+        # a plain one, which has looked
+        blind = torch.compiler.is_compiling() or output.is_inference()
+        version = -1 if blind else output._version
         self.store[self.layer] = (output, version)
         self.now.calls += 1
         if self.now.calls == self.now.stop:
@@ -145,3 +148,15 @@ class Tap:
         """Take the hooks off the network."""
         for handle in self._handles:
             handle.remove()
+
+
+class Tapped(nn.Module):
+    """A network with its tap as one module, whose weights can be lent to it for one call."""
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__()
+        self.network, self.tap = tap.network, tap
+
+    def forward(self, x: Tensor, logits: bool = True) -> Knowledge:
+        """See ``Tap``."""
+        return self.tap(x, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 import warnings
@@ -19,6 +20,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # imported so that bare class names resolve
 import lightning_kd.callbacks
@@ -198,6 +200,8 @@ def run() -> None:
     """Console entry point: ``main``, with mistakes that this package names told in one sentence."""
     try:
         main()
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # as shells have it
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         home = Path(__file__).parents[1]
         cause: BaseException | None = error  # jsonargparse wraps what constructors raise

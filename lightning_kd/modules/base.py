@@ -6,7 +6,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_kd.modules.allocator import keep_freed_memory
 from lightning_kd.modules.dry_run import example_input
 from lightning_kd.modules.options import remember_options
 from lightning_kd.modules.rng import rng_state, set_rng_state
+from lightning_kd.modules.termination import SaveOnSigterm
 from lightning_kd.modules.terms import Terms
 from lightning_kd.ranks import gather_objects, mean_over_labelled
 from lightning_kd.strategies import last_checkpoint
@@ -148,6 +149,10 @@ class Distiller(LightningModule):
         DurableCheckpointIO.install(self.trainer)
         if not self.prepared:
             self.prepare(self.like_input(example_input(self, self.unpack)))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run needs."""
+        return [SaveOnSigterm()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the parts that are trained; never a teacher."""

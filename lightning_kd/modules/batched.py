@@ -6,20 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_kd.adapters import Tap
+from lightning_kd.adapters import Tap, Tapped
 from lightning_kd.knowledge import Knowledge
-
-
-class _Asked(nn.Module):
-    """A tapped network whose weights can be lent to it for one call."""
-
-    def __init__(self, network: nn.Module, tap: Tap) -> None:
-        super().__init__()
-        self.network, self.tap = network, tap
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        said = self.tap(x)
-        return said.logits, dict(said.features)
 
 
 class Batched:
@@ -32,21 +20,22 @@ class Batched:
     Args:
         networks: Two or more networks, alike but for their weights.
         tap: Of the first one.
+        whose: What they are, for the errors.
 
     Raises:
         ValueError: If the architectures differ.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], tap: Tap) -> None:
+    def __init__(self, networks: Sequence[nn.Module], tap: Tap, whose: str = "peer") -> None:
         for index, network in enumerate(networks):
             if _description(network) != _description(networks[0]):
                 raise ValueError(
-                    f"Expected peers of one architecture with batched=True, but peer {index} "
-                    f"differs from peer 0: set batched=False."
+                    f"Expected {whose}s of one architecture with batched=True, but {whose} {index} "
+                    f"differs from {whose} 0: set batched=False."
                 )
         self._networks = tuple(networks)
         self._parts = [list(network.modules()) for network in networks]
-        self._asked = _Asked(networks[0], tap)
+        self._asked = Tapped(tap)
 
     def __call__(self, views: Sequence[Tensor]) -> list[Knowledge]:
         """What each network says of its images (B, C, H, W); the same tensor is not copied."""
@@ -63,8 +52,8 @@ class Batched:
         counts = {n: torch.stack([held[n] for held in buffers]) for n in buffers[0]}
 
         def ask(lent: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            answer: tuple[Tensor, dict[str, Tensor]] = functional_call(self._asked, lent, (x,))
-            return answer
+            said: Knowledge = functional_call(self._asked, lent, (x,))
+            return said.logits, dict(said.features)
 
         logits, features = torch.vmap(ask, (0, None if same else 0), randomness="different")(
             {f"network.{n}": value for n, value in {**weights, **counts}.items()},

@@ -3,11 +3,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses import DistillationLoss, SoftTarget
+from lightning_kd.modules.batched import Batched
 from lightning_kd.modules.cached import fill
 from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.teachers import TeacherCache
@@ -75,6 +77,7 @@ class MultiTeacher(OneStudent):
             num_classes,
         )
         self._cached, self._said = False, None
+        self._together: Batched | None = None
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Read images and labels, and what teachers said of them where that is cached."""
@@ -85,10 +88,31 @@ class MultiTeacher(OneStudent):
 
     def teach(self, x: Tensor, indices: Sequence[int], logits: bool = True) -> list[Knowledge]:
         """Ask the teachers of these indices, or recall what they said."""
-        if self._said is None:
+        if self._said is not None:
+            said = self._said.float()
+            return [Knowledge(said[:, m]) for m in indices]
+        if self._together is None or not logits or len(indices) < self.voices:
             return super().teach(x, indices, logits)
-        said = self._said.float()
-        return [Knowledge(said[:, m]) for m in indices]
+        for teacher in self._teachers():
+            teacher.network.eval()  # somebody may have called train() on it
+        with torch.no_grad():
+            answers = self._together([x] * self.voices)
+        return [each.spread(said) for each, said in zip(self._teachers(), answers, strict=True)]
+
+    def ask_together(self) -> None:
+        """Run all teachers as one network from now on, once the dry run has been made.
+
+        Raises:
+            ValueError: If there is one only, or they differ in more than their weights.
+        """
+        layers = {teacher.layers for teacher in self._teachers()}
+        if self.voices < 2 or len(layers) > 1:
+            raise ValueError(
+                f"Expected two or more teachers whose same layers are read with batched=True, got "
+                f"{self.voices} with layers {sorted(layers)}: leave it out."
+            )
+        first = next(self._teachers())
+        self._together = Batched(self.networks(), first.tap, "teacher")
 
     def use_cache(self, cache: TeacherCache) -> None:
         """Ask the teachers once about every image, unless an earlier run has."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lightning_kd.adapters import Tap
+from lightning_kd.adapters import Tap, Tapped
 from lightning_kd.knowledge import Knowledge
 
 
@@ -57,12 +58,18 @@ class Teacher(nn.Module):
         self.num_classes = num_classes
         places = None if classes is None else torch.tensor(classes)
         self.register_buffer("classes", places, persistent=False)
-        self._tap = Tap(network)
+        self._light = self._offloaded = False
+        self.tap = Tap(network)
 
     @property
     def network(self) -> nn.Module:
         """The network itself."""
         return self._given[0]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Whose outputs are recorded."""
+        return self.tap.layers
 
     def listen(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.
@@ -70,8 +77,29 @@ class Teacher(nn.Module):
         Raises:
             ValueError: If a layer does not exist.
         """
-        self._tap.remove()
-        self._tap = Tap(self.network, layers)
+        self.tap.remove()
+        self.tap = Tap(self.network, layers)
+
+    def lighten(self, dtype: torch.dtype | None = None, offload: bool = False) -> None:
+        """Hold the network at less cost; answers come in the images' own precision and place.
+
+        Args:
+            dtype: Cast weights to it, but those of BatchNorm, whose statistics would be spoiled,
+                and images on their way in; None: as they are. It stays so: give a copy of a network
+                that is needed elsewhere.
+            offload: Keep weights in the memory of the CPU; they visit the images' device for the
+                time of an answer, one network after the other.
+        """
+        for part in self.network.modules():
+            if dtype is not None and not isinstance(part, nn.modules.batchnorm._BatchNorm):
+                for values in (*part.parameters(False), *part.buffers(False)):
+                    if values.is_floating_point():
+                        values.data = values.data.to(dtype)
+        self._light, self._offloaded = True, offload
+        if offload:
+            for values in (*self.network.parameters(), *self.network.buffers()):
+                here = values.data.cpu()  # copies from pinned memory do not wait
+                values.data = here.pin_memory() if torch.cuda.is_available() else here
 
     def forward(self, x: Tensor, logits: bool = True) -> Knowledge:
         """Answer for images, shape (B, C, H, W).
@@ -83,8 +111,31 @@ class Teacher(nn.Module):
         # somebody holds the network, or a part of it, and called train() on it
         if any(part.training for part in self._parts):
             self.network.eval()
-        said = self._tap(x, logits)
-        if self.classes is None or not logits:
+        said = self.tap(x, logits) if not self._light else self._lightly(x, logits)
+        return self.spread(said) if logits else said
+
+    def _lightly(self, x: Tensor, logits: bool) -> Knowledge:
+        floats = (p.dtype for p in self.network.parameters() if p.is_floating_point())
+        images = x.to(next(floats, x.dtype))
+        if self._offloaded and x.device.type != "cpu":
+            weights = {
+                f"network.{name}": value.to(x.device, non_blocking=True)
+                for name, value in (*self.network.named_parameters(), *self.network.named_buffers())
+            }
+            said = functional_call(Tapped(self.tap), weights, (images, logits))
+        else:
+            said = self.tap(images, logits)
+        return Knowledge(
+            said.logits.to(x.dtype), {n: value.to(x.dtype) for n, value in said.features.items()}
+        )
+
+    def spread(self, said: Knowledge) -> Knowledge:
+        """Answers over all classes, where the network knows some only.
+
+        Raises:
+            ValueError: If it has another number of outputs than ``classes`` says.
+        """
+        if self.classes is None:
             return said
         if said.logits.shape[1] != len(self.classes):
             raise ValueError(
@@ -98,7 +149,7 @@ class Teacher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """Move the network along with the module that holds this teacher."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self._lent:
+        if not self._lent and not self._offloaded:
             self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -105,8 +105,18 @@ class TeacherCache:
         write_atomically(self.folder / FACTS, content.encode())
 
     def write(self, view: int, indices: Tensor, said: Tensor) -> None:
-        """Keep the teachers' logits (M, B, K) of these images."""
+        """Keep the teachers' logits (M, B, K) of these images.
+
+        Raises:
+            ValueError: If a logit is not finite, or too large for half precision.
+        """
         logits = said.movedim(0, 1).float().cpu()
+        largest = float(logits[logits != -torch.inf].abs().max())  # that one: an unknown class
+        if not largest <= torch.finfo(torch.half).max:
+            raise ValueError(
+                f"Expected teachers whose logits half precision can hold (up to 65504) with "
+                f"teacher_cache, got {largest:.3g}: are they trained? Else leave the cache out."
+            )
         if self.top_k is not None:
             logits, places = logits.log_softmax(2).topk(self.top_k)
             self._places[view, indices] = places.int()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import signal
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,18 @@ SMALLER = {  # a round without data
     "student_steps": 3, "source_steps": 2, "warm_up": 0, "round_images": 24, "batch_size": 24,
     "capacity": 100,
 }  # fmt: skip
+
+
+class Terminator(Callback):
+    """SIGTERM, as a scheduler sends it, in the middle of the second epoch."""
+
+    def __init__(self, after: int = 4) -> None:
+        self.left = after
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Saver(Callback):
@@ -47,6 +60,8 @@ class Method:
     module: object
     data: object
     callbacks: list
+    parser: object = None
+    config: object = None
     kept: dict = field(default_factory=dict)
 
     @property
@@ -133,7 +148,7 @@ def build(path: Path, folder: Path) -> Method:
         and not isinstance(c, (ModelCheckpoint, DistillationReport, ExportStudent))
         and type(c).__name__ not in ("SaveRunConfig", "InversionReport")
     ]  # fmt: skip
-    return Method(path.stem, folder, cli.model, cli.datamodule, kept)
+    return Method(path.stem, folder, cli.model, cli.datamodule, kept, cli.parser, cli.config)
 
 
 @pytest.fixture(autouse=True)
@@ -143,35 +158,8 @@ def at_root(monkeypatch):
 
 def pytest_generate_tests(metafunc):
     if "method" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "method", CONFIGS, ids=lambda p: p.stem, indirect=True, scope="session"
-        )
-
-
-# ---------------------------------------------------------------------- the table
-
-
-def pytest_runtest_logreport(report):
-    if report.when == "call" and "tests/conformance" in report.nodeid.replace("\\", "/"):
-        name, _, rest = report.nodeid.rpartition("::")[2].partition("[")
-        mark = {"passed": "+", "failed": "FAIL", "skipped": "-"}[report.outcome]
-        RESULTS.setdefault(rest.rstrip("]"), {})[name.removeprefix("test_")] = mark
-
-
-def pytest_terminal_summary(terminalreporter):
-    rows = {k: v for k, v in RESULTS.items() if k}
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    if not rows:
-        return
-    terminalreporter.section("conformance: + holds, - does not apply")
-    width = max(map(len, rows))
-    for number, column in enumerate(columns, 1):
-        terminalreporter.line(f"{number:3} {column.replace('_', ' ')}")
-    head = " ".join(f"{n:>4}" for n in range(1, len(columns) + 1))
-    terminalreporter.line(f"{'':{width}} {head}")
-    for name, row in rows.items():
-        cells = " ".join(f"{row.get(column, ''):>4}" for column in columns)
-        terminalreporter.line(f"{name:{width}} {cells}")
-
-
-RESULTS: dict[str, dict[str, str]] = {}
+        cases = [
+            pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem))
+            for path in CONFIGS
+        ]
+        metafunc.parametrize("method", cases, indirect=True, scope="session")

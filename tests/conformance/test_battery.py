@@ -4,13 +4,19 @@ A new method gets all of this with its YAML. Six batches of real digits each; th
 shows a table.
 """
 
+import os
+
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_kd import PeerCohort
+from lightning_kd.callbacks import Compile
+from lightning_kd.data import ImageData
 from lightning_kd.models import pretrained
 from lightning_kd.modules import OneStudent
+from tests.conformance.conftest import Terminator, build
 
 
 def flat(state, prefix=""):
@@ -55,6 +61,51 @@ def test_resumed_equals_uninterrupted(method):
     module, _ = method.whole
     again, _ = method.fit(resume=method.checkpoint)
     assert_same_state(again.state_dict(), module.state_dict())
+
+
+def test_sigterm_leaves_a_checkpoint_that_goes_on(method):
+    """It ends behind the batch during which the signal came."""
+    module, _ = method.whole
+    folder = method.folder / "terminated"
+    saver = ModelCheckpoint(folder, filename="best", save_top_k=0)
+    with pytest.raises(SIGTERMException):
+        method.fit(callbacks=[Terminator(), saver], enable_checkpointing=True)
+    assert os.listdir(folder) == ["last.ckpt"]
+    again, _ = method.fit(resume=folder / "last.ckpt")
+    assert_same_state(again.state_dict(), module.state_dict())
+
+
+def test_saved_config_builds_the_same_and_runs(method):
+    path = method.folder / "saved" / "config.yaml"
+    path.parent.mkdir()
+    method.parser.save(method.config, path, skip_none=False, multifile=False)
+    again = build(path, path.parent)
+    assert again.module.hparams == method.module.hparams
+    assert list(again.module.state_dict()) == list(method.module.state_dict())
+    seen = [
+        float(each.fit(max_epochs=1, limit_train_batches=1)[1].callback_metrics["train/loss"])
+        for each in (method, again)
+    ]
+    assert seen[0] == seen[1]
+
+
+def test_uneven_last_batch_and_no_validation(method):
+    """A whole epoch whose last batch is one image."""
+    _, data, _ = method.fresh()
+    if not isinstance(data, ImageData):
+        pytest.skip("batches of its own")
+    data.subset = 61
+    data.setup("fit")
+    count = len(data.training[1])
+    before = (method.data.subset, method.data.batch_size)
+    method.data.subset = 61
+    method.data.batch_size = next(b for b in range(count // 3, 1, -1) if count % b == 1)
+    try:
+        _, trainer = method.fit(max_epochs=1, limit_train_batches=1.0, limit_val_batches=0)
+    finally:
+        method.data.subset, method.data.batch_size = before
+    assert trainer.num_training_batches >= 3
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
 def test_same_seed_same_weights(method):
@@ -108,6 +159,19 @@ def test_bf16_is_close(method):
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     gap = abs(first["bf16-mixed"] - first["32-true"])
     assert gap <= 0.05 * abs(first["32-true"]) + 0.02, first
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain(method):
+    """Traced as torch.compile does, run by torch's own operations."""
+    torch._dynamo.reset()
+    compiled = Compile(options={"backend": "eager"})
+    try:
+        module, _ = method.fit(callbacks=[compiled], max_epochs=1)
+    except ValueError as error:
+        assert "run whole with Compile" in str(error)
+        pytest.skip("refused: its networks are run in parts")
+    assert_same_state(module.state_dict(), method.fit(max_epochs=1)[0].state_dict())
 
 
 def test_gradients_accumulate_or_that_is_refused(method):

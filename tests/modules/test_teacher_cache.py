@@ -215,6 +215,14 @@ def test_a_folder_of_images_is_cached_too(tmp_path, make_trainer, cache):
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_logits_that_half_precision_cannot_hold_are_refused(fit, cache, value):
+    broken = TinyNet(8)
+    broken.linear.bias.data[3] = value
+    with pytest.raises(ValueError, match=r"up to 65504.*are they trained"):
+        fit(MultiTeacher(TinyNet(), [broken]), cache=cache())
+
+
 RANKS = """
 import sys
 import torch
