@@ -16,7 +16,8 @@ class Compile(Callback):
     """``torch.compile`` for the networks of a run, each by itself, from its first training step on.
 
     The first step takes a minute or so longer. What is exported and saved are the plain networks.
-    It needs a C++ compiler on a CPU, and Triton on a GPU.
+    The teacher of ``DataFree``, whose layers are measured in some passes only, stays plain, and so
+    does what makes images. It needs a C++ compiler on a CPU, and Triton on a GPU.
 
     Args:
         teachers: Compile teachers.
@@ -69,11 +70,9 @@ class Compile(Callback):
         if self.learners and isinstance(student, nn.Module):
             yield student
         for part in module.modules():
-            if self.teachers and isinstance(part, Teacher):
+            if self.teachers and isinstance(part, Teacher) and not isinstance(module, DataFree):
                 yield part.network
             if self.learners and isinstance(part, Peers):
                 yield from (
                     [part.branch.trunk, *part.branch.branches] if part.branching else part.networks
                 )
-            if self.learners and isinstance(module, DataFree) and part is module.source:
-                yield from part.children()

@@ -1,5 +1,6 @@
 """Two gloo processes train every method to the weights that one trains it to."""
 
+import json
 import os
 
 import pytest
@@ -78,3 +79,48 @@ def test_two_processes_equal_one(tmp_path):
         if gaps[worst] > ROUNDED.get(name, 1e-8):
             wrong[name] = (worst, gaps[worst])
     assert not wrong, wrong
+
+
+LONELY = """
+import sys
+from pathlib import Path
+import torch
+from tests.conformance.test_two_processes import validate_unevenly
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[2:]:
+        own = Path(sys.argv[1]) / name
+        own.mkdir(exist_ok=True)
+        validate_unevenly(name, 2, own)
+"""
+
+
+def validate_unevenly(name, devices, folder):
+    """Of two processes the first has two batches to validate, the second one."""
+    os.chdir(ROOT)
+    method = build(next(p for p in CONFIGS if p.stem == name), folder)
+    data = getattr(method.data, "measure", method.data)
+    data.val_split, data.batch_size = 65, 32 * (2 // devices)
+    strategy = "ddp" if method.module.automatic_optimization else "ddp_find_unused_parameters_true"
+    _, trainer = method.fit(
+        limit_val_batches=1.0, devices=devices, strategy=strategy if devices > 1 else "auto"
+    )
+    assert trainer.num_val_batches == [2 - trainer.global_rank]
+    if trainer.is_global_zero:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        (folder / f"{devices}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_numbers_of_validation_batches(tmp_path):
+    """Neither waits for the other forever, and every image counts once."""
+    names = ("multi_teacher", "cohort", "self_paced", "fusion", "sub_teacher", "data_free",
+             "lowest_loss", "adversarial", "teacher")  # fmt: skip
+    launch(LONELY, tmp_path, str(tmp_path), *names)
+    for name in names:
+        found = json.loads((tmp_path / name / "2.json").read_text())
+        accuracies = [value for key, value in found.items() if key.endswith("accuracy")]
+        assert accuracies
+        for value in accuracies:
+            assert value * 65 == pytest.approx(round(value * 65), abs=1e-4)

@@ -1,0 +1,128 @@
+"""What makes teachers cheaper? An epoch with each option over an epoch without.
+
+    python benchmarks/lean_teachers.py
+    python benchmarks/lean_teachers.py --device cuda
+
+A ResNet-20 learns from three ResNet-56 on random images of 32 x 32 in batches of 64; then a tiny
+student from eight tiny teachers on 8 x 8, which is where batched teachers can pay. All kinds of
+epoch take turns in one process; medians of their ratios to the plain epoch. Compilation comes
+before the first batch is over, and is not counted. Also printed: how far the teachers' answers
+moved, as the largest difference over the largest logit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+
+import torch
+from common import bare_trainer, quiet
+from step_overhead import Clock
+from torch import nn
+
+from lightning_kd import MultiTeacher
+from lightning_kd.callbacks import ChannelsLast, Compile, LeanTeachers
+from lightning_kd.data import ImageData
+from lightning_kd.models import resnet8, resnet20, resnet56
+
+BATCH, STEPS = 64, 6
+KINDS = {
+    "plain": lambda: [],
+    "ChannelsLast": lambda: [ChannelsLast()],
+    "LeanTeachers(dtype=bfloat16)": lambda: [LeanTeachers(dtype="bfloat16")],
+    "both": lambda: [ChannelsLast(), LeanTeachers(dtype="bfloat16")],
+    "Compile(learners=False)": lambda: [Compile(learners=False)],
+    "Compile()": lambda: [Compile()],
+    "all three": lambda: [ChannelsLast(), LeanTeachers(dtype="bfloat16"), Compile()],
+    "LeanTeachers(batched=True)": lambda: [LeanTeachers(batched=True)],
+    "LeanTeachers(offload=True)": lambda: [LeanTeachers(offload=True)],
+}
+
+
+class RandomImages(ImageData):
+    """Nothing to learn."""
+
+    num_classes = 10
+    image_shape = (3, 32, 32)
+
+    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        count = BATCH * STEPS
+        images = torch.randint(0, 256, (count, *self.image_shape), dtype=torch.uint8)
+        return images, torch.randint(0, 10, (count,))
+
+
+class Tiny(RandomImages):
+    image_shape = (1, 8, 8)
+
+
+def with_statistics(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Untrained, but for its BatchNorm statistics, without which deep networks overflow."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        network.train()(torch.rand(64, *shape))
+    return network.eval()
+
+
+def big() -> tuple[nn.Module, list[nn.Module], ImageData]:
+    teachers = [with_statistics(resnet56(), (3, 32, 32)) for _ in range(3)]
+    return resnet20(), teachers, RandomImages(batch_size=BATCH, val_split=0.0)
+
+
+def tiny() -> tuple[nn.Module, list[nn.Module], ImageData]:
+    make = {"in_channels": 1, "width": 4}
+    teachers = [with_statistics(resnet20(**make), (1, 8, 8)) for _ in range(8)]
+    return resnet8(**make), teachers, Tiny(batch_size=BATCH, val_split=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options = parser.parse_args()
+    quiet()
+    accelerator = "gpu" if options.device == "cuda" else "cpu"
+    print("| networks | option | times as fast (lowest to highest) | answers moved |")
+    print("|---|---|---|---|")
+    for name, make in {"3 ResNet-56": big, "8 tiny ResNet-20": tiny}.items():
+        torch.manual_seed(0)
+        student, teachers, data = make()
+        x = torch.rand(64, *data.image_shape)
+        with torch.no_grad():
+            expected = torch.stack([teacher(x) for teacher in teachers])
+        modules, moved = {}, {}
+        for kind in options.kinds:
+            module = MultiTeacher(copy.deepcopy(student), copy.deepcopy(teachers))
+            modules[kind] = (module, KINDS[kind]())
+
+        def epoch(kind: str, modules=modules, data=data) -> float:
+            module, callbacks = modules[kind]
+            clock = Clock()
+            bare_trainer([clock, *callbacks], accelerator, max_epochs=1, devices=1).fit(
+                module, datamodule=data
+            )
+            return clock.seconds
+
+        times: list[dict[str, float]] = []
+        for turn in range(options.turns + 1):
+            order = options.kinds if turn % 2 else options.kinds[::-1]
+            times.append({kind: epoch(kind) for kind in order})
+        for kind, (module, _) in modules.items():
+            module = module.cpu()
+            with torch.no_grad():
+                said = torch.stack([teacher(x).logits for teacher in module.teachers])
+            moved[kind] = float((said - expected).abs().max() / expected.abs().max())
+        for kind in options.kinds:
+            ratios = [row["plain"] / row[kind] for row in times[1:]]
+            print(
+                f"| {name} | {kind} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f}) | {moved[kind]:.1g} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
