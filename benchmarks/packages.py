@@ -37,6 +37,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from lightning_kd import MultiTeacher, PeerCohort
+from lightning_kd.callbacks import ChannelsLast
 from lightning_kd.data import CIFAR10
 from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.losses import SoftTarget
@@ -122,15 +123,21 @@ def plain(setting: Setting, teachers: int) -> float:
     return time.perf_counter() - start
 
 
-def lightning_kd(setting: Setting, teachers: int) -> float:
+def lightning_kd(setting: Setting, teachers: int, last: bool = False) -> float:
     clock = Clock()
+    callbacks = [clock, ChannelsLast()] if last else [clock]
     if teachers:
         losses = [SoftTarget(TEMPERATURE, weight=1 - LABELS)]
         module = MultiTeacher(resnet8(), [resnet20()], losses, task_weight=LABELS)
     else:
         module = PeerCohort([resnet8(), resnet8()])
-    bare_trainer([clock], max_epochs=1).fit(module, datamodule=setting.module)
+    bare_trainer(callbacks, max_epochs=1).fit(module, datamodule=setting.module)
     return clock.seconds
+
+
+def channels_last(setting: Setting, teachers: int) -> float:
+    """This package with its callback ``ChannelsLast``."""
+    return lightning_kd(setting, teachers, last=True)
 
 
 def torchdistill(setting: Setting, teachers: int) -> float:
@@ -219,6 +226,7 @@ def kd_lib(setting: Setting, teachers: int) -> float:
 TASKS = {"one teacher": 1, "two peers (DML)": 0}
 SIDES: dict[str, Callable[[Setting, int], float]] = {
     "lightning_kd": lightning_kd,
+    "lightning_kd, channels last": channels_last,
     "plain": plain,
     "torchdistill": torchdistill,
     "kd_lib": kd_lib,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is never half there; see ``written_atomically``."""
     with written_atomically(path) as file:
         file.write(content)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Make a folder, and raise ``OSError`` if nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Cannot write into {folder}: {error.strerror}. Choose another folder "
+            f"(--trainer.default_root_dir)."
+        ) from error
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

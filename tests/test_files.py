@@ -133,6 +133,15 @@ def test_the_command_line_tells_a_damaged_checkpoint(tmp_path, monkeypatch):
         main(["fit", "-c", "configs/digits/single_teacher.yaml", f"--ckpt_path={tmp_path}/x.ckpt"])
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "run"  # a folder without rights stops no administrator
+    config = "configs/digits/single_teacher.yaml"
+    with pytest.raises(OSError, match=rf"Cannot write into {folder}: Not a directory. Choose"):
+        main(["fit", "-c", config, f"--trainer.default_root_dir={folder}"])
+
+
 @pytest.mark.parametrize("size", [2**62, 10**9, 2**20])
 def test_absurd_sizes_in_a_safetensors_file_are_refused(size, tmp_path):
     path = tmp_path / "x.safetensors"

@@ -32,7 +32,7 @@ from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
 from lightning_kd.cli.generations import generations
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked, expand_indices
-from lightning_kd.files import UNREADABLE, unreadable
+from lightning_kd.files import UNREADABLE, refuse_unwritable, unreadable
 from lightning_kd.modules import Distiller
 
 
@@ -94,7 +94,9 @@ class DistillationCLI(LightningCLI):
         self.save_config_kwargs["overwrite"] = bool(config.get("overwrite"))
 
     def before_fit(self) -> None:
-        """Pass ``--overwrite`` on to the callbacks."""
+        """Pass ``--overwrite`` on to the callbacks, and see that there is room for results."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            refuse_unwritable(Path(self.trainer.default_root_dir))
         if self.save_config_kwargs["overwrite"]:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if hasattr(callback, "overwrite"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -22,5 +22,5 @@ class SaveOnSigterm(Callback):
         folder = next((Path(folder) for folder in folders if folder), None)
         if folder is None or not isinstance(exception, SIGTERMException):
             return
-        trainer.save_checkpoint(folder / "last.ckpt")
-        rank_zero_warn(f"Ended by SIGTERM. To go on, add --ckpt_path={folder / 'last.ckpt'}")
+        trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
+        rank_zero_info(f"Ended by SIGTERM. To go on, add --ckpt_path={folder / 'last.ckpt'}")
