@@ -12,7 +12,8 @@ epoch to its end; the median of the turns' ratios to each of the others is print
 
 ``--apart`` is what a user of each package sees. In one process all of them gain from the memory
 that this package asks glibc to keep between steps. KD_Lib (2021) no longer imports as it is: its
-part for texts wants a transformers of its time, and is left out here.
+part for texts wants a transformers of its time, and is left out here. As it comes, it asks its
+teacher with gradients on, and each peer again for every other.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class Marked:
         self.loader, self.dataset, self.start, self.end = loader, loader.dataset, 0.0, 0.0
 
     def __iter__(self) -> Iterator:
-        for index, batch in enumerate(self.loader):
-            if index == 1:
-                self.start = time.perf_counter()
-            yield batch
+        batches = iter(self.loader)
+        yield next(batches)
+        self.start = time.perf_counter()
+        yield from batches
         self.end = time.perf_counter()
 
     def __len__(self) -> int:

@@ -3,8 +3,8 @@
     python benchmarks/startup.py
 
 Each figure is the median of several new processes. Also printed: which large packages an import
-loads. The first step is that of ``lightning-kd fit -c configs/digits/multi_teacher.yaml``, from the
-start of the process to the end of the step.
+loads. The first step is that of configs/digits/multi_teacher.yaml without the callbacks that write
+files, from the start of the process to the end of the step.
 """
 
 from __future__ import annotations

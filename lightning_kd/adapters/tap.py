@@ -59,8 +59,8 @@ class _Record:
                 f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
                 f"layer inside or behind it."
             )
-        # inference mode, which Lightning uses in test, keeps no version; a compiled pass comes
-        # after a plain one, which has looked
+        # inference mode, which Lightning uses in test, keeps no version; compiled passes come after
+        # a plain one, which has looked
         blind = torch.compiler.is_compiling() or output.is_inference()
         version = -1 if blind else output._version
         self.store[self.layer] = (output, version)

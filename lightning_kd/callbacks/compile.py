@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
@@ -13,11 +15,11 @@ from lightning_kd.teachers import Teacher
 
 
 class Compile(Callback):
-    """``torch.compile`` for the networks of a run, each by itself, from its first training step on.
+    """``torch.compile`` for the networks of a run, each by itself, from its second step on.
 
-    The first step takes a minute or so longer. What is exported and saved are the plain networks.
-    The teacher of ``DataFree``, whose layers are measured in some passes only, stays plain, and so
-    does what makes images. It needs a C++ compiler on a CPU, and Triton on a GPU.
+    That step takes a minute or so longer. What is exported and saved are the plain networks. The
+    teacher of ``DataFree``, whose layers are measured in some passes only, stays plain, and so does
+    what makes images. It needs a C++ compiler on a CPU, and Triton on a GPU.
 
     Args:
         teachers: Compile teachers.
@@ -35,7 +37,7 @@ class Compile(Callback):
         options: dict[str, Any] | None = None,
     ) -> None:
         self.teachers, self.learners, self.options = teachers, learners, options or {}
-        self._compiled: list[nn.Module] = []
+        self._before: dict[nn.Module, Any] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,17 +55,32 @@ class Compile(Callback):
             )
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not before: hooks on layers must all be there when a network is traced
-        self._compiled = list(dict.fromkeys(self._networks(pl_module)))
-        for network in self._compiled:
-            network.compile(**self.options)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # not before: hooks must all be there when a network is traced, and a plain step of each
+        # network in its own mode has seen that no layer changes in place what another part reads
+        if self._before:
+            return
+        for network in self._networks(pl_module):
+            if network not in self._before:
+                self._before[network] = network._compiled_call_impl
+                network._compiled_call_impl = torch.compile(_own_code(network), **self.options)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for network in self._compiled:
-            network._compiled_call_impl = None
-        self._compiled = []
+        self._restore()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for network, before in self._before.items():
+            network._compiled_call_impl = before
+        self._before = {}
 
     def _networks(self, module: LightningModule) -> Iterator[nn.Module]:
         student = getattr(module, "student", None)
@@ -76,3 +93,17 @@ class Compile(Callback):
                 yield from (
                     [part.branch.trunk, *part.branch.branches] if part.branching else part.networks
                 )
+
+
+def _own_code(network: nn.Module) -> FunctionType:
+    """The network's call, as code of its own.
+
+    Dynamo gives up on code that it has compiled eight times, and ``nn.Module.compile`` compiles the
+    one that all networks of a process share.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return network._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    code = call.__code__.replace(co_name=f"call_{id(network)}")
+    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)

@@ -62,6 +62,11 @@ class LeanTeachers(Callback):
                     f"{type(part).__name__}, which reaches into the networks: leave one of them "
                     f"out."
                 )
+        if self.dtype and trainer.precision in ("64-true", "bf16-true", "16-true"):
+            raise ValueError(
+                f"Expected precision 32-true, bf16-mixed or 16-mixed with {self._named}, got "
+                f"{trainer.precision}, which casts teachers, too: leave dtype out."
+            )
         if not self.batched:
             for part in pl_module.modules():
                 if isinstance(part, Teacher):

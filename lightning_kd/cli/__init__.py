@@ -95,8 +95,9 @@ class DistillationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Pass ``--overwrite`` on to the callbacks, and see that there is room for results."""
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            refuse_unwritable(Path(self.trainer.default_root_dir))
+        root = str(self.trainer.default_root_dir)
+        if not self.trainer.fast_dev_run and "://" not in root:  # type: ignore[attr-defined]
+            refuse_unwritable(Path(root))
         if self.save_config_kwargs["overwrite"]:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if hasattr(callback, "overwrite"):

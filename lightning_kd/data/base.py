@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_kd.data.batches import NUM_DRAWS, Batches, Order
+from lightning_kd.data.batches import NUM_DRAWS, Batches, Order, as_bits
 from lightning_kd.functional.augment import crop_and_flip
 from lightning_kd.functional.seeds import seeded
 from lightning_kd.teachers import TeacherCache
@@ -136,10 +136,11 @@ class ImageData(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scale to [0, 1] and augment, on the device and for the whole batch at once."""
-        images, labels, *draws = batch
-        said = draws[1:]
-        if draws and (self.crop_padding or self.flip):
-            images = crop_and_flip(images, draws[0], self.crop_padding, self.flip)
+        images, labels, *bits = batch
+        said = bits[1:]
+        if bits and (self.crop_padding or self.flip):
+            draws = bits[0].view(torch.float32)
+            images = crop_and_flip(images, draws, self.crop_padding, self.flip)
         images = images.float().div_(255)
         if self.trainer is not None:  # Lightning converted the batch while it still was integers
             images = self.trainer.precision_plugin.convert_input(images)
@@ -217,19 +218,17 @@ class ImageData(LightningDataModule):
         cache = self.teacher_cache
         assert cache is not None
         view = epoch % cache.views
-        draws = cache.draws(view, len(self.training[1]), NUM_DRAWS)[indices]
-        return (draws, cache.read(view, indices)) if cache.ready else (draws,)
+        draws = as_bits(cache.draws(view, len(self.training[1]), NUM_DRAWS)[indices])
+        return (draws, as_bits(cache.read(view, indices))) if cache.ready else (draws,)
 
-    def to_be_cached(self, rank: int, world_size: int) -> Iterator[tuple[int, Tensor, Any]]:
-        """Yield view, indices and raw batch of this process's share of all images and views."""
+    def views(self, plan: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Any]]:
+        """Yield view, indices and raw batch for each view and indices (B,) of training images."""
         cache = self.teacher_cache
         assert cache is not None
-        count = len(self.training[1])
-        mine = torch.split(torch.arange(rank, count, world_size), self.batch_size)
-        for view in range(cache.views):
-            draws = cache.draws(view, count, NUM_DRAWS)
-            for indices, batch in zip(mine, self.fetch(self.training, iter(mine)), strict=True):
-                yield view, indices, (*batch, draws[indices])
+        batches = self.fetch(self.training, (indices for _, indices in plan))
+        for (view, indices), batch in zip(plan, batches, strict=True):
+            draws = cache.draws(view, len(self.training[1]), NUM_DRAWS)[indices]
+            yield view, indices, (*batch, as_bits(draws))
 
     def _checked(self, train: bool) -> Labelled:
         images, labels = self.load(train)

@@ -11,6 +11,11 @@ from lightning_kd.functional.seeds import seeded
 NUM_DRAWS = 3
 
 
+def as_bits(values: Tensor) -> Tensor:
+    """The same memory as whole numbers, which Lightning does not round to a run's precision."""
+    return values.view({2: torch.int16, 4: torch.int32}[values.element_size()])
+
+
 class Order:
     """Which samples come in which batch, from (seed, epoch) alone, so that a resumed run agrees.
 
@@ -80,7 +85,7 @@ class Batches:
     Args:
         order: Which samples come when.
         fetch: Turns an iterator of index tensors into one of (images, labels).
-        train: Add the random draws for augmentation to each batch.
+        train: Add the random draws for augmentation to each batch, as bits.
         beside: Instead of those draws, what to add, given indices (B,) and the epoch.
     """
 
@@ -114,7 +119,7 @@ class Batches:
             if self.beside is not None:
                 yield *batch, *self.beside(indices, epoch)
             else:
-                yield (*batch, draws) if self.train else batch
+                yield (*batch, as_bits(draws)) if self.train else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and number of batches that were handed out in it."""

@@ -145,8 +145,9 @@ class ImageFolder(ImageData):
         return [images[i] for i in indices.tolist()], labels[indices]
 
     def content(self, images: Any) -> bytes:
-        """Names of the files below the root."""
-        return "\n".join(str(path.relative_to(self.root)) for path in images).encode()
+        """Names of the files below the root, and their sizes."""
+        lines = (f"{path.relative_to(self.root)} {path.stat().st_size}" for path in images)
+        return "\n".join(lines).encode()
 
     def fetch(self, source: Any, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels), read by worker processes."""

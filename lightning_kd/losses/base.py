@@ -23,6 +23,8 @@ class DistillationLoss(nn.Module, ABC):
     takes_unknown_classes = True
     #: whether the teachers' logits are read; if nobody reads them, teachers stop before
     reads_logits = True
+    #: whether a constant added to all of a teacher's logits counts
+    reads_scale = False
     #: whether something flows into the student's own forward pass, by ``attach`` and ``before``
     changes_student = False
 

@@ -47,6 +47,7 @@ class GraphDistillation(LayerLoss):
     """
 
     takes_unknown_classes = False
+    reads_scale = True
     reads_logits = True
 
     def __init__(

@@ -18,6 +18,7 @@ class LogitMSE(DistillationLoss):
     """
 
     takes_unknown_classes = False
+    reads_scale = True
 
     def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""

@@ -268,19 +268,23 @@ class Distiller(LightningModule):
             keep_freed_memory()
         self._terms = Terms()  # without what a run that broke off has left
         cache = getattr(self.trainer.datamodule, "teacher_cache", None)  # type: ignore[attr-defined]
-        if cache is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.use_cache(cache)
+        if cache is not None and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            cache.close()
+            cache = None
+        self.use_cache(cache)
         # a validation of its own leaves states behind that were made in inference mode
         for metrics in self.metrics.values():
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
 
-    def use_cache(self, cache: TeacherCache) -> None:
-        """Take what teachers said of the training images from a cache.
+    def use_cache(self, cache: TeacherCache | None) -> None:
+        """Take what teachers said of the training images from a cache, if there is one.
 
         Raises:
             ValueError: If this paradigm cannot.
         """
+        if cache is None:
+            return
         raise ValueError(
             f"Expected MultiTeacher with the data's teacher_cache, got {type(self).__name__}: "
             f"leave the cache out."

@@ -79,12 +79,20 @@ class MultiTeacher(OneStudent):
         self._cached, self._said = False, None
         self._together: Batched | None = None
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Read images and labels, and what teachers said of them where that is cached."""
-        self._said = None
-        if self._cached and isinstance(batch, (tuple, list)) and len(batch) == 3:
-            *batch, self._said = batch
-        return super().unpack(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One step, with what teachers said of its images where that is cached."""
+        if not self._cached:
+            return super().training_step(batch, batch_idx)
+        *batch, bits = batch
+        self._said = bits.view(torch.half)
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            self._said = None
+
+    def samples_in(self, batch: Any) -> int:
+        """Images in a training batch of this process."""
+        return super().samples_in(batch[:2] if self._cached else batch)
 
     def teach(self, x: Tensor, indices: Sequence[int], logits: bool = True) -> list[Knowledge]:
         """Ask the teachers of these indices, or recall what they said."""
@@ -114,7 +122,8 @@ class MultiTeacher(OneStudent):
         first = next(self._teachers())
         self._together = Batched(self.networks(), first.tap, "teacher")
 
-    def use_cache(self, cache: TeacherCache) -> None:
+    def use_cache(self, cache: TeacherCache | None) -> None:
         """Ask the teachers once about every image, unless an earlier run has."""
-        self._cached = True
-        fill(self, cache, list(self._teachers()), [*self._losses(), self.weighting])
+        self._cached = cache is not None
+        if cache is not None:
+            fill(self, cache, list(self._teachers()), [*self._losses(), self.weighting])

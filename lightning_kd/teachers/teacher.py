@@ -58,7 +58,8 @@ class Teacher(nn.Module):
         self.num_classes = num_classes
         places = None if classes is None else torch.tensor(classes)
         self.register_buffer("classes", places, persistent=False)
-        self._light = self._offloaded = False
+        self._dtype: torch.dtype | None = None  # of a lightened network
+        self._offloaded = False
         self.tap = Tap(network)
 
     @property
@@ -91,11 +92,13 @@ class Teacher(nn.Module):
                 time of an answer, one network after the other.
         """
         for part in self.network.modules():
-            if dtype is not None and not isinstance(part, nn.modules.batchnorm._BatchNorm):
-                for values in (*part.parameters(False), *part.buffers(False)):
-                    if values.is_floating_point():
-                        values.data = values.data.to(dtype)
-        self._light, self._offloaded = True, offload
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                continue
+            for values in (*part.parameters(False), *part.buffers(False)):
+                if values.is_floating_point():
+                    dtype = dtype or values.dtype
+                    values.data = values.data.to(dtype)
+        self._dtype, self._offloaded = dtype or torch.float32, offload
         if offload:
             for values in (*self.network.parameters(), *self.network.buffers()):
                 here = values.data.cpu()  # copies from pinned memory do not wait
@@ -111,12 +114,11 @@ class Teacher(nn.Module):
         # somebody holds the network, or a part of it, and called train() on it
         if any(part.training for part in self._parts):
             self.network.eval()
-        said = self.tap(x, logits) if not self._light else self._lightly(x, logits)
+        said = self.tap(x, logits) if self._dtype is None else self._lightly(x, logits)
         return self.spread(said) if logits else said
 
     def _lightly(self, x: Tensor, logits: bool) -> Knowledge:
-        floats = (p.dtype for p in self.network.parameters() if p.is_floating_point())
-        images = x.to(next(floats, x.dtype))
+        images = x.to(self._dtype)
         if self._offloaded and x.device.type != "cpu":
             weights = {
                 f"network.{name}": value.to(x.device, non_blocking=True)

@@ -3,17 +3,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_kd.files import write_atomically
 from lightning_kd.functional.seeds import seeded
+from lightning_kd.teachers.teacher import Teacher
 
 FACTS = "facts.json"
+#: how far answers may be from those of another precision
+TOLERANCE = 0.05
 
 
 class TeacherCache:
@@ -47,16 +52,25 @@ class TeacherCache:
         self._ready = False
         self._draws: tuple[int, Tensor] | None = None
 
-    def facts(self, teachers: Sequence[nn.Module], data: str, classes: int) -> dict[str, Any]:
+    def facts(self, teachers: Sequence[Teacher], data: str, classes: int) -> dict[str, Any]:
         """What answers depend on.
 
         Args:
-            teachers: The networks.
+            teachers: Who answers.
             data: Hash of images, and of how they are cropped and flipped.
-            classes: Number of classes.
+            classes: Number of classes that a teacher answers for.
+
+        Raises:
+            ValueError: If ``top_k`` keeps all of them.
         """
+        if self.top_k is not None and self.top_k >= classes:
+            raise ValueError(
+                f"Expected top_k below the number of classes, {classes}, got {self.top_k}: leave "
+                f"it out."
+            )
+        self._classes = classes
         return {
-            "teachers": [_hash(network) for network in teachers],
+            "teachers": [_hash(teacher) for teacher in teachers],
             "data": data,
             "classes": classes,
             "views": self.views,
@@ -69,6 +83,10 @@ class TeacherCache:
         """Whether answers are complete and open."""
         return self._ready
 
+    def close(self) -> None:
+        """Hand out no answers until somebody finds them again."""
+        self._ready = False
+
     def find(self, facts: dict[str, Any], images: int) -> bool:
         """Open an earlier run's answers; False if there are none yet.
 
@@ -79,8 +97,8 @@ class TeacherCache:
         if not path.is_file():
             return False
         try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: delete {self.folder}. ({error})") from error
         wanted = {**facts, "images": images}
         changed = [k for k in wanted if not isinstance(found, dict) or found.get(k) != wanted[k]]
@@ -89,18 +107,56 @@ class TeacherCache:
                 f"Expected the answers in {self.folder} to be of these teachers and images, but "
                 f"{', '.join(changed)} changed since: delete the folder, or choose another."
             )
-        self._open(facts, images, new=False)
+        self._classes = facts["classes"]
+        self._open(self.folder, facts, images)
         self._ready = True
         return True
 
-    def create(self, facts: dict[str, Any], images: int) -> None:
-        """Make room for answers, or write beside the process that has."""
-        self._ready = False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._open(facts, images, new=True)
+    def create(self, facts: dict[str, Any], images: int, token: str, first: bool) -> bool:
+        """Make room for answers in a folder aside, or open what the first process has made.
 
-    def finish(self, facts: dict[str, Any], images: int) -> None:
+        Args:
+            facts: What they depend on.
+            images: How many there are.
+            token: Names the folder aside; another run's is another.
+            first: Whether to make it.
+
+        Returns:
+            Whether it is there: processes may not share a disk.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        self._ready = False
+        aside = self._aside(token)
+        if first:
+            aside.mkdir(parents=True, exist_ok=True)
+            for name, shape, kind in self._files(facts, images):
+                size = math.prod(shape) * kind.itemsize
+                try:
+                    with (aside / name).open("wb") as file:
+                        if hasattr(os, "posix_fallocate"):  # else a full disk ends the process
+                            os.posix_fallocate(file.fileno(), 0, size)
+                        file.truncate(size)
+                except OSError as error:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    raise OSError(
+                        f"Cannot write answers of {size} bytes into {self.folder}: "
+                        f"{error.strerror}. Free space, choose another folder, or set top_k."
+                    ) from error
+        if not aside.is_dir():
+            return False
+        self._open(aside, facts, images)
+        return True
+
+    def finish(self, facts: dict[str, Any], images: int, token: str) -> None:
         """Declare the answers complete; by one process, when all have written."""
+        aside = self._aside(token)
+        for name, _, _ in self._files(facts, images):
+            with (aside / name).open("rb+") as file:
+                os.fsync(file.fileno())  # before anything vouches for it
+            (aside / name).replace(self.folder / name)
+        aside.rmdir()
         content = json.dumps({**facts, "images": images}, indent=2)
         write_atomically(self.folder / FACTS, content.encode())
 
@@ -108,29 +164,38 @@ class TeacherCache:
         """Keep the teachers' logits (M, B, K) of these images.
 
         Raises:
-            ValueError: If a logit is not finite, or too large for half precision.
+            ValueError: If a logit is not finite, or too large for half precision; or if a teacher
+                knows some classes only, with ``top_k``.
         """
-        logits = said.movedim(0, 1).float().cpu()
-        largest = float(logits[logits != -torch.inf].abs().max())  # that one: an unknown class
-        if not largest <= torch.finfo(torch.half).max:
-            raise ValueError(
-                f"Expected teachers whose logits half precision can hold (up to 65504) with "
-                f"teacher_cache, got {largest:.3g}: are they trained? Else leave the cache out."
-            )
-        if self.top_k is not None:
-            logits, places = logits.log_softmax(2).topk(self.top_k)
-            self._places[view, indices] = places.int()
-        self._values[view, indices] = logits.half()
+        values, places = self._shortened(said)
+        if places is not None:
+            self._places[view, indices] = places
+        self._values[view, indices] = values
 
     def read(self, view: int, indices: Tensor) -> Tensor:
         """Logits (B, M, K) of these images, half precision, on the CPU."""
         values = self._values[view, indices]
-        if self.top_k is None:
-            return values
-        known = values.float()
-        left = (1 - known.exp().sum(2, keepdim=True)).clamp(min=1e-6)
-        others = (left / (self._classes - self.top_k)).log().repeat(1, 1, self._classes)
-        return others.scatter(2, self._places[view, indices].long(), known).half()
+        return self._whole(values, None if self.top_k is None else self._places[view, indices])
+
+    def check(self, view: int, indices: Tensor, said: Tensor) -> None:
+        """Compare what teachers say now (M, B, K) of these images with what is kept.
+
+        Raises:
+            ValueError: If they differ by more than rounding in half precision explains.
+        """
+        now = self._whole(*self._shortened(said)).float()
+        kept = self.read(view, indices).float()
+        off = (now.softmax(2) - kept.softmax(2)).abs().max()
+        if self.top_k is None:  # with it, the smallest that is kept may be another
+            known = (now != -torch.inf) & (kept != -torch.inf)
+            scale = now[known].abs().max().clamp(min=1)
+            off = torch.maximum(off, (now - kept)[known].abs().max() / scale)
+        if not float(off) <= TOLERANCE:
+            raise ValueError(
+                f"Expected the answers in {self.folder} to be what the teachers say, but they "
+                f"differ by {float(off):.2g} (of the largest): teachers or images are wrapped or "
+                f"read otherwise since, or files are damaged. Delete the folder, or choose another."
+            )
 
     def draws(self, view: int, images: int, columns: int) -> Tensor:
         """Random numbers in [0, 1) that make a view of each image, shape (N, columns)."""
@@ -139,38 +204,69 @@ class TeacherCache:
             self._draws = (view, torch.rand(images, columns, generator=random))
         return self._draws[1]
 
-    def _open(self, facts: dict[str, Any], images: int, new: bool) -> None:
-        classes, teachers = facts["classes"], len(facts["teachers"])
-        if self.top_k is not None and self.top_k >= classes:
+    def _shortened(self, said: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = said.movedim(0, 1).float().cpu()
+        unknown = logits == -torch.inf
+        largest = float(logits[~unknown].abs().max())
+        if not largest <= torch.finfo(torch.half).max:
             raise ValueError(
-                f"Expected top_k below the number of classes, {classes}, got {self.top_k}: leave "
-                f"it out."
+                f"Expected teachers whose logits half precision can hold (up to 65504) with "
+                f"teacher_cache, got {largest:.3g}: are they trained? Else leave the cache out."
             )
-        self._classes = classes
-        shape = (self.views, images, teachers, self.top_k or classes)
-        self._values = self._map("logits.f16", shape, torch.float16, new)
+        if self.top_k is None:
+            return logits.half(), None
+        if bool(unknown.any()):
+            raise ValueError(
+                "Expected teachers that know all classes with top_k, got one that knows some "
+                "only: leave top_k out."
+            )
+        values, places = logits.log_softmax(2).topk(self.top_k)
+        return values.half(), places.int()
+
+    def _whole(self, values: Tensor, places: Tensor | None) -> Tensor:
+        if places is None:
+            return values
+        known = values.float()
+        count = values.shape[2]
+        left = (1 - known.exp().sum(2, keepdim=True)).clamp(min=1e-6)
+        others = (left / (self._classes - count)).log().repeat(1, 1, self._classes)
+        return others.scatter(2, places.long(), known).half()
+
+    def _aside(self, token: str) -> Path:
+        return self.folder / f".{token}"
+
+    def _files(
+        self, facts: dict[str, Any], images: int
+    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        shape = (self.views, images, len(facts["teachers"]), self.top_k or facts["classes"])
+        files: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("logits.f16", shape, torch.float16)
+        ]
+        return files if self.top_k is None else [*files, ("classes.i32", shape, torch.int32)]
+
+    def _open(self, folder: Path, facts: dict[str, Any], images: int) -> None:
+        opened = []
+        for name, shape, kind in self._files(facts, images):
+            path, size = folder / name, math.prod(shape)
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size * kind.itemsize:
+                raise ValueError(
+                    f"Expected {path} to hold {size * kind.itemsize} bytes, got {found}: delete "
+                    f"{self.folder}."
+                )
+            new = folder != self.folder
+            opened.append(torch.from_file(str(path), shared=new, size=size, dtype=kind).view(shape))
+        self._values = opened[0]
         if self.top_k is not None:
-            self._places = self._map("classes.i32", shape, torch.int32, new)
-
-    def _map(self, name: str, shape: tuple[int, ...], kind: torch.dtype, new: bool) -> Tensor:
-        path, size = self.folder / name, math.prod(shape)
-        expected = size * kind.itemsize
-        found = path.stat().st_size if path.is_file() else 0
-        if new and found > expected:
-            path.unlink()
-        if not new and found != expected:
-            raise ValueError(
-                f"Expected {path} to hold {expected} bytes, got {found}: delete {self.folder}."
-            )
-        return torch.from_file(str(path), shared=new, size=size, dtype=kind).view(shape)
+            self._places = opened[1]
 
 
-def _hash(network: nn.Module) -> str:
-    """Of a network's weights and buffers, and of what it is."""
-    found = hashlib.sha256(type(network).__qualname__.encode())
-    for name, value in network.state_dict().items():
+def _hash(teacher: Teacher) -> str:
+    """Of a teacher's weights and buffers, and of what it is."""
+    inner, places = teacher.network, teacher.classes
+    found = hashlib.sha256(f"{inner}{None if places is None else places.tolist()}".encode())
+    for name, value in (*inner.named_parameters(), *inner.named_buffers()):
         found.update(name.encode())
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous().flatten()
-            found.update(plain.view(torch.uint8).numpy().tobytes())
+        plain = value.detach().cpu().contiguous().flatten()
+        found.update(plain.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

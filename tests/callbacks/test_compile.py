@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_kd import MultiTeacher, PeerCohort, SubTeacher, Supervised
 from lightning_kd.callbacks import Compile
@@ -50,6 +51,47 @@ def test_a_tapped_network_is_one_graph(make_trainer, digits):
     )
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_every_network_of_every_fit_is_compiled(make_trainer, digits):
+    """Dynamo gives up on code that it has compiled eight times, without an error."""
+    torch._dynamo.reset()
+    called = []
+
+    def backend(graph, example):
+        return lambda *args: called.append(1) or graph(*args)
+
+    for _ in range(3):
+        module = MultiTeacher(TinyNet(), [TinyNet(4 + k) for k in range(8)])
+        called.clear()
+        make_trainer(
+            max_epochs=1, limit_train_batches=3, limit_val_batches=0,
+            callbacks=[Compile(options={"backend": backend})],
+        ).fit(module, datamodule=digits())  # fmt: skip
+        assert len(called) == 2 * 9  # the first step is plain
+
+
+def test_an_exception_leaves_plain_networks(make_trainer, digits):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("stop")
+
+    module = make([SoftTarget()])
+    with pytest.raises(RuntimeError, match="stop"):
+        make_trainer(callbacks=[Compile(**TRACED), Stop()]).fit(module, datamodule=digits())
+    assert all(n._compiled_call_impl is None for n in [module.student, *module.networks()])
+
+
+def test_features_that_a_layer_changes_in_place_are_told(make_trainer, digits):
+    class InPlace(TinyNet):
+        def forward(self, x):
+            x = torch.nn.functional.dropout(self.conv(x), 0.5, self.training, inplace=True)
+            return self.linear(self.relu(self.bn(x)).flatten(1))
+
+    module = MultiTeacher(InPlace(), [TinyNet()], [Hint("conv", "conv")])
+    with pytest.raises(RuntimeError, match="changed in place"):
+        make_trainer(callbacks=[Compile(**TRACED)]).fit(module, datamodule=digits())
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,20 @@ def test_a_cohort_learns_from_light_teachers(make_trainer, digits):
     assert module.lessons.all_teachers()[0].network.conv.weight.dtype == torch.bfloat16
 
 
+def test_precisions_that_cast_teachers_are_refused(make_trainer, digits, make_module):
+    with pytest.raises(ValueError, match="got 64-true, which casts teachers, too"):
+        make_trainer(callbacks=[LeanTeachers(dtype="bfloat16")], precision="64-true").fit(
+            make_module(), datamodule=digits()
+        )
+
+
+def test_a_network_that_begins_with_batch_norm():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(1), TinyNet())
+    teacher = Teacher(network)
+    teacher.lighten(torch.bfloat16)
+    assert teacher(IMAGES).logits.shape == (8, 10)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

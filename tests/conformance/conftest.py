@@ -95,7 +95,9 @@ class Method:
         """An uninterrupted run: module, trainer, what teachers were before."""
         if "whole" not in self.kept:
             self.kept["teachers"] = {
-                k: v.clone() for n in self.teacher_networks() for k, v in n.state_dict().items()
+                f"{i}.{k}": v.clone()
+                for i, n in enumerate(self.teacher_networks())
+                for k, v in n.state_dict().items()
             }
             self.kept["whole"] = self.fit(
                 callbacks=[Saver(self.checkpoint)], export=self.folder / "export"

@@ -50,7 +50,8 @@ def test_trains_and_touches_no_teacher(method):
         old, new = network.state_dict(), learners[name].state_dict()
         assert any(not torch.equal(old[k], new[k]) for k in old), f"{name} did not learn"
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    now = {k: v for n in method.teacher_networks() for k, v in n.state_dict().items()}
+    networks = enumerate(method.teacher_networks())
+    now = {f"{i}.{k}": v for i, n in networks for k, v in n.state_dict().items()}
     assert_same_state(now, method.kept["teachers"])
     held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     for network in method.teacher_networks():

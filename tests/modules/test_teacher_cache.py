@@ -1,13 +1,17 @@
 """Teachers asked once: the same losses, no teacher in training, nothing stale."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from lightning_kd import MultiTeacher, PeerCohort, Supervised, Teacher
 from lightning_kd.data import Digits, ImageFolder
-from lightning_kd.losses import Hint, SoftTarget, SubsetTarget
+from lightning_kd.data.batches import as_bits
+from lightning_kd.losses import Hint, LogitMSE, SoftTarget, SubsetTarget
+from lightning_kd.models import Normalized
 from lightning_kd.teachers import TeacherCache
 from lightning_kd.weighting import Confidence, Switching
 from tests.conftest import TinyNet, assert_same_state, state_of
@@ -66,7 +70,8 @@ def test_each_view_is_what_the_teacher_says_of_the_images_the_student_sees(fit, 
     for epoch in range(4):
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            x, _, said = source.on_after_batch_transfer(batch, 0)
+            x, _, bits = source.on_after_batch_transfer(batch, 0)
+            said = bits.view(torch.half)
             live = torch.stack([t(x).logits for t in made._teachers()], 1)
             torch.testing.assert_close(said.float(), live, atol=5e-3, rtol=5e-3)
             seen.setdefault(epoch, []).append(said)
@@ -81,10 +86,10 @@ def test_teachers_run_once_for_each_image_and_view(fit, cache):
     for network in (t.network for t in made._teachers()):
         network.register_forward_hook(lambda m, x, y: seen.append(len(y)))
     fit(made, cache(views=2), limit_val_batches=0, max_epochs=4)
-    assert sum(seen) == 2 * 2 * 200 + 2  # and the dry run
+    assert sum(seen) == 2 * 2 * 200 + 2 + 2 * 32  # and the dry run, and a few to compare with
     seen.clear()
     fit(made, cache(views=2), limit_val_batches=0, max_epochs=2)
-    assert not seen
+    assert sum(seen) == 2 * 32
 
 
 def test_resumed_run_equals_the_uninterrupted_one(fit, cache, tmp_path):
@@ -107,7 +112,7 @@ def test_the_largest_logits_keep_their_probability(fit, cache):
     source = Digits(**DATA, teacher_cache=kept)
     source.setup("fit")
     x = source.training[0][:50]
-    x = source.on_after_batch_transfer((x, None, kept.draws(0, 200, 3)[:50]), 0)[0]
+    x = source.on_after_batch_transfer((x, None, as_bits(kept.draws(0, 200, 3)[:50])), 0)[0]
     live = torch.stack([t(x).logits.softmax(1) for t in module()._teachers()], 1)
     top = live.topk(3, 2)
     torch.testing.assert_close(said.gather(2, top.indices), top.values, atol=2e-3, rtol=2e-3)
@@ -170,6 +175,127 @@ def test_other_batches_of_three_are_still_refused():
     batch = (torch.rand(4, 1, 8, 8), torch.arange(4), torch.arange(4))
     with pytest.raises(TypeError, match=r"batches of \(images, labels\), got"):
         module().unpack(batch)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "other"),
+    [
+        (lambda n: Normalized(n, [0.2], [0.5]), lambda n: Normalized(n, [0.5], [0.2])),
+        (
+            lambda n: Teacher(n, list(range(10)), 12),
+            lambda n: Teacher(n, list(range(2, 12)), 12),
+        ),
+        (lambda n: Scaled(n, 1.0), lambda n: Scaled(n, 3.0)),
+    ],
+)
+def test_the_same_weights_in_another_wrapper_are_refused(fit, cache, wrap, other):
+    torch.manual_seed(2)
+    network = TinyNet(8)
+    classes = 12 if isinstance(wrap(network), Teacher) else 10
+
+    def made(wrapped):
+        torch.manual_seed(1)
+        loss = SubsetTarget(weight=1.0) if classes == 12 else SoftTarget()
+        return MultiTeacher(TinyNet(num_classes=classes), [wrapped], losses=[loss])
+
+    fit(made(wrap(network)), cache(), max_epochs=1)
+    fit(made(wrap(network)), cache(), max_epochs=1)
+    with pytest.raises(ValueError, match=r"teachers changed since|be what the teachers say"):
+        fit(made(other(network)), cache(), max_epochs=1)
+
+
+class Scaled(torch.nn.Module):
+    """What it does differently is neither in its weights nor in its description."""
+
+    def __init__(self, network, scale):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x):
+        return self.network(x * self.scale)
+
+
+def test_answers_that_were_lost_are_told(fit, cache):
+    """As after a power failure: the file has its size, but not all of its values."""
+    fit(cache=cache(), max_epochs=1)
+    path = cache().folder / "logits.f16"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
+    with pytest.raises(ValueError, match="be what the teachers say, but they differ"):
+        fit(cache=cache(), max_epochs=1)
+
+
+def test_two_fillings_at_once_do_not_mix(fit, cache):
+    one, two = (TeacherCache(str(cache().folder)) for _ in range(2))
+    teachers = [Teacher(TinyNet(8)) for _ in range(2)]
+    facts = [c.facts([t], "x", 10) for c, t in zip((one, two), teachers, strict=True)]
+    said = [torch.full((1, 4, 10), float(n)) for n in (1, 2)]
+    for n, each in enumerate((one, two)):
+        assert each.create(facts[n], 4, f"run{n}", first=True)
+    one.write(0, torch.arange(4), said[0])
+    one.finish(facts[0], 4, "run0")
+    assert one.find(facts[0], 4)
+    two.write(0, torch.arange(4), said[1])
+    assert one.read(0, torch.arange(4)).unique().tolist() == [1]
+    two.finish(facts[1], 4, "run1")
+    assert one.read(0, torch.arange(4)).unique().tolist() == [1]
+    with pytest.raises(ValueError, match="teachers changed since"):
+        one.find(facts[0], 4)
+
+
+def test_no_room_for_answers_is_told_before_teachers_are_asked(fit, cache, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"8000 bytes into .*: No space left on device. Free space"):
+        fit(cache=cache(), max_epochs=1)
+    assert not any(cache().folder.iterdir())
+
+
+def test_top_k_is_refused_where_it_keeps_too_little(fit, cache):
+    with pytest.raises(ValueError, match=r"probabilities with top_k.*LogitMSE"):
+        fit(module(losses=[LogitMSE()]), cache(top_k=3))
+    teachers = [Teacher(TinyNet(num_classes=4), classes=[0, 1, 2, 3], num_classes=10)]
+    made = MultiTeacher(TinyNet(), teachers, losses=[SubsetTarget(weight=1.0)])
+    with pytest.raises(ValueError, match="know all classes with top_k"):
+        fit(made, cache(top_k=3))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_crops_are_the_same_in_any_precision(fit, cache, precision):
+    """Lightning rounds floating point inputs, but must not round where images are cropped."""
+    seen = {}
+    for kind in ("32-true", precision):
+        made = module(losses=[SoftTarget()])
+        seen[kind] = []
+        made.on_train_batch_start = lambda batch, *_, kept=seen[kind]: kept.append(batch[0].float())
+        fit(made, data={"crop_padding": 2}, precision=kind, max_epochs=1, limit_train_batches=2)
+    for one, two in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(one, two, atol=0.01, rtol=0)
+
+
+def test_a_dry_development_run_after_a_real_one_asks_live_teachers(fit, cache, make_trainer):
+    source = Digits(**DATA, teacher_cache=cache())
+    make_trainer(max_epochs=1).fit(module(), datamodule=source)
+    make_trainer(fast_dev_run=True).fit(module(), datamodule=source)
+
+
+def test_teachers_of_more_outputs_than_the_data_has_classes(fit, cache):
+    made = MultiTeacher(TinyNet(num_classes=12), [TinyNet(8, num_classes=12)])
+    fit(made, cache(), max_epochs=1)
+    assert json.loads((cache().folder / "facts.json").read_text())["classes"] == 12
+
+
+def test_a_subclass_that_reads_batches_sees_pairs(fit, cache):
+    class Mine(MultiTeacher):
+        def unpack(self, batch):
+            x, y = batch
+            return x, y
+
+    torch.manual_seed(1)
+    made = Mine(TinyNet(), [TinyNet(8)])
+    fit(made, cache(), max_epochs=1)
 
 
 def test_damage_is_told(fit, cache):
