@@ -12,9 +12,9 @@ class SaveOnSigterm(Callback):
     """Keep a run that a scheduler ends, as it is behind the batch during which SIGTERM came.
 
     Not during validation, from whose middle a run cannot go on as it was: the last checkpoint
-    before stands then. Not after other exceptions, Ctrl-C among them, which may leave a step half done. Gradients
-    that were accumulated for a step to come are lost. Of several processes, Lightning listens to
-    the first: send the signal to that one.
+    before stands then. Not after other exceptions, Ctrl-C among them, which may leave a step half
+    done. Gradients that were accumulated for a step to come are lost. Of several processes,
+    Lightning listens to the first: send the signal to that one.
     """
 
     @override
