@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from lightning_kd.data import ImageData
 
 
 def quiet(threads: int = 1) -> None:
@@ -35,6 +38,30 @@ def bare_trainer(
         callbacks=list(callbacks),
         **options,
     )
+
+
+class RandomImages(ImageData):
+    """Nothing to learn: the cost does not depend on what is on the images."""
+
+    num_classes = 10
+    image_shape = (3, 32, 32)
+    count = 1024
+
+    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(0)
+        shape = (self.count, *self.image_shape)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+        return images, torch.arange(self.count) % 10
+
+
+def with_statistics(network: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> nn.Module:
+    """Untrained, but for its BatchNorm statistics, without which deep networks overflow."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        network.train()(torch.rand(64, *shape))
+    return network.eval()
 
 
 def add_part(parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,12 @@ import copy
 import statistics
 
 import torch
-from common import bare_trainer, quiet
+from common import RandomImages, bare_trainer, quiet, with_statistics
 from step_overhead import Clock
 from torch import nn
 
 from lightning_kd import MultiTeacher
 from lightning_kd.callbacks import ChannelsLast, Compile, LeanTeachers
-from lightning_kd.data import ImageData
 from lightning_kd.models import resnet8, resnet20, resnet56
 
 BATCH, STEPS = 64, 6
@@ -40,38 +39,20 @@ KINDS = {
 }
 
 
-class RandomImages(ImageData):
-    """Nothing to learn."""
-
-    num_classes = 10
-    image_shape = (3, 32, 32)
-
-    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        count = BATCH * STEPS
-        images = torch.randint(0, 256, (count, *self.image_shape), dtype=torch.uint8)
-        return images, torch.randint(0, 10, (count,))
+class Few(RandomImages):
+    count = BATCH * STEPS
 
 
-class Tiny(RandomImages):
+class Tiny(Few):
     image_shape = (1, 8, 8)
 
 
-def with_statistics(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """Untrained, but for its BatchNorm statistics, without which deep networks overflow."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-    with torch.no_grad():
-        network.train()(torch.rand(64, *shape))
-    return network.eval()
+def big() -> tuple[nn.Module, list[nn.Module], Few]:
+    teachers = [with_statistics(resnet56()) for _ in range(3)]
+    return resnet20(), teachers, Few(batch_size=BATCH, val_split=0.0)
 
 
-def big() -> tuple[nn.Module, list[nn.Module], ImageData]:
-    teachers = [with_statistics(resnet56(), (3, 32, 32)) for _ in range(3)]
-    return resnet20(), teachers, RandomImages(batch_size=BATCH, val_split=0.0)
-
-
-def tiny() -> tuple[nn.Module, list[nn.Module], ImageData]:
+def tiny() -> tuple[nn.Module, list[nn.Module], Few]:
     make = {"in_channels": 1, "width": 4}
     teachers = [with_statistics(resnet20(**make), (1, 8, 8)) for _ in range(8)]
     return resnet8(**make), teachers, Tiny(batch_size=BATCH, val_split=0.0)

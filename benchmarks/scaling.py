@@ -16,25 +16,13 @@ import sys
 import time
 
 import torch
-from common import bare_trainer, quiet
+from common import RandomImages, bare_trainer, quiet
 from lightning.pytorch import Callback
 
 from lightning_kd import MultiTeacher, PeerCohort
-from lightning_kd.data import ImageData
 from lightning_kd.models import resnet14, resnet20
 
 STEPS, EPOCHS = 10, 4
-
-
-class RandomImages(ImageData):
-    num_classes = 10
-    image_shape = (3, 32, 32)
-
-    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        count = self.wanted
-        random = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=random)
-        return images, torch.arange(count) % 10
 
 
 class Epochs(Callback):
@@ -63,14 +51,14 @@ def run(name: str, devices: int) -> None:
     torch.manual_seed(0)
     data = RandomImages(batch_size=64, val_split=0.0)
     shared = strategy == "peer_per_process" or devices == 1
-    data.wanted = 64 * STEPS * (1 if shared else devices)
+    data.count = 64 * STEPS * (1 if shared else devices)
     epochs = Epochs()
     trainer = bare_trainer(
         [epochs], max_epochs=EPOCHS, devices=devices, strategy=strategy if devices > 1 else "auto"
     )
     trainer.fit(make(), datamodule=data)
     if trainer.is_global_zero:
-        print(data.wanted / statistics.median(epochs.seconds[1:]), flush=True)
+        print(data.count / statistics.median(epochs.seconds[1:]), flush=True)
 
 
 if __name__ == "__main__":

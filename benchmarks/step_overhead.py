@@ -21,29 +21,20 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import bare_trainer, quiet
+from common import RandomImages, bare_trainer, quiet
 from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_kd import MultiTeacher, PeerCohort
-from lightning_kd.data import ImageData
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet8, resnet14, wide_resnet
 
 BATCH = 128
 
 
-class Noise(ImageData):
-    """Random images of CIFAR's shape: the cost does not depend on what is on them."""
-
-    num_classes = 10
-    image_shape = (3, 32, 32)
+class Noise(RandomImages):
     steps = 20
-
-    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        count = BATCH * self.steps
-        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-        return images, torch.randint(0, 10, (count,))
+    count = BATCH * steps
 
 
 class Clock(Callback):

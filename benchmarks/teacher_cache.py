@@ -15,25 +15,12 @@ import tempfile
 import time
 
 import torch
-from common import bare_trainer, quiet
+from common import RandomImages, bare_trainer, quiet, with_statistics
 from lightning.pytorch import Callback
 
 from lightning_kd import MultiTeacher, Supervised
-from lightning_kd.data import ImageData
 from lightning_kd.models import resnet20, resnet56
 from lightning_kd.teachers import TeacherCache
-
-
-class RandomImages(ImageData):
-    """As CIFAR-10, but nothing to learn."""
-
-    num_classes = 10
-    image_shape = (3, 32, 32)
-
-    def load(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        random = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (1024, 3, 32, 32), dtype=torch.uint8, generator=random)
-        return images, torch.arange(1024) % 10
 
 
 class Clock(Callback):
@@ -47,17 +34,6 @@ class Clock(Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         self.marks.append(time.perf_counter())
-
-
-def teacher() -> torch.nn.Module:
-    """Untrained, but for its BatchNorm statistics, without which deep networks overflow."""
-    network = resnet56()
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None
-    with torch.no_grad():
-        network(torch.rand(64, 3, 32, 32))
-    return network
 
 
 def epoch(teachers: list[torch.nn.Module], cache: TeacherCache | None) -> tuple[float, float]:
@@ -81,7 +57,7 @@ def main() -> None:
     print("| teachers | live over student alone | cached over student alone | filling, epochs |")
     print("|---|---|---|---|")
     for count in (1, 3):
-        teachers = [teacher() for _ in range(count)]
+        teachers = [with_statistics(resnet56()) for _ in range(count)]
         with tempfile.TemporaryDirectory() as folder:
             _, filling = epoch(teachers, TeacherCache(folder))
             rows = []
