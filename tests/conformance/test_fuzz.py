@@ -98,5 +98,5 @@ def test_a_wrong_value_is_told_by_its_key_or_works(
         assert loss is None or torch.isfinite(loss)
         return
     names = {"lr": "learning rate"}  # as torch says
-    words = [names.get(key, key), *([str(value)] if value else [])]  # "0" is in many a text
+    words = [key, names.get(key, key), *([str(value)] if value else [])]  # "0" is in many a text
     assert any(word in text or word.removesuffix("s") in text for word in words), text
