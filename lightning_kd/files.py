@@ -112,8 +112,9 @@ def unreadable(path: Path, error: BaseException) -> str:
         (p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: -p.stat().st_mtime
     )
     intact = next((p for p in others if _reads(p)), None)
-    offer = f" {intact} can be read." if intact is not None else ""
-    return f"{path} {why} ({str(error).partition(chr(10))[0]}).{offer}"
+    offer = f"{intact} can be read." if intact else "No other checkpoint beside it can be read."
+    detail = str(error).partition("\n")[0] or "it is empty"
+    return f"{path} {why} ({detail}). {offer}"
 
 
 def _reads(path: Path) -> bool:

@@ -142,6 +142,36 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, 
         main(["fit", "-c", config, f"--trainer.default_root_dir={folder}"])
 
 
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    config = "configs/digits/single_teacher.yaml"
+    wrong = tmp_path / "lst.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"lst.ckpt, found none. In .*: no checkpoints"):
+        main(["fit", "-c", config, f"--ckpt_path={wrong}"])
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=r"lst.ckpt, found none. In .*: last.ckpt"):
+        main(["fit", "-c", config, f"--ckpt_path={wrong}"])
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(tmp_path, monkeypatch):
+    """Else one that breaks off early would seem to have left them."""
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    old = tmp_path / "checkpoints" / "old.ckpt"
+    old.parent.mkdir()
+    old.touch()
+    (tmp_path / "config.yaml").touch()
+    args = [
+        "fit", "-c", "configs/digits/single_teacher.yaml", "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    with pytest.raises(FileExistsError):
+        main(args)
+    assert old.exists()
+    main([*args, "--overwrite=true"])
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("size", [2**62, 10**9, 2**20])
 def test_absurd_sizes_in_a_safetensors_file_are_refused(size, tmp_path):
     path = tmp_path / "x.safetensors"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -17,7 +18,8 @@ from lightning_kd.teachers import Teacher
 class Compile(Callback):
     """``torch.compile`` for the networks of a run, each by itself, from its second step on.
 
-    That step takes a minute or so longer. What is exported and saved are the plain networks. The
+    That step takes longer by up to a minute for each network, and so does the first validation
+    behind it. What is exported and saved are the plain networks. The
     teacher of ``DataFree``, whose layers are measured in some passes only, stays plain, and so does
     what makes images. It needs a C++ compiler on a CPU, and Triton on a GPU.
 
@@ -62,6 +64,7 @@ class Compile(Callback):
         # network in its own mode has seen that no layer changes in place what another part reads
         if self._before:
             return
+        rank_zero_info("Compiling the networks: this step may take minutes.")
         for network in self._networks(pl_module):
             if network not in self._before:
                 self._before[network] = network._compiled_call_impl

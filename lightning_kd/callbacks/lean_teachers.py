@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_kd.losses import DistillationLoss
@@ -19,9 +18,9 @@ class LeanTeachers(Callback):
     where images repeat, ``TeacherCache`` of the data module saves more than all of this.
 
     Args:
-        dtype: Cast teachers to it, but for BatchNorm; their answers stay float32. On a CPU with
-            bfloat16 instructions about twice as fast; answers change in the third digit. ``null``:
-            leave them.
+        dtype: ``bfloat16`` or ``float16``: cast teachers to it, but for BatchNorm; their answers
+            stay float32, and change in the third digit. On a CPU with bfloat16 instructions
+            (avx512_bf16) about twice as fast. ``null``: leave them.
         offload: Keep teachers in the memory of the CPU, and bring each to the GPU for the time of
             its answer: there is room for the largest at a time, not for all.
         batched: Run teachers of one architecture as one network with a dimension more: faster for
@@ -33,7 +32,7 @@ class LeanTeachers(Callback):
 
     def __init__(
         self,
-        dtype: Literal["bfloat16", "float16"] | None = None,
+        dtype: str | None = None,
         offload: bool = False,
         batched: bool = False,
     ) -> None:
@@ -67,6 +66,7 @@ class LeanTeachers(Callback):
                 f"Expected precision 32-true, bf16-mixed or 16-mixed with {self._named}, got "
                 f"{trainer.precision}, which casts teachers, too: leave dtype out."
             )
+        rank_zero_info(f"Teachers at less cost: {self._named}")
         if not self.batched:
             for part in pl_module.modules():
                 if isinstance(part, Teacher):

@@ -50,6 +50,9 @@ class SaveRunConfig(SaveConfigCallback):
         refuse_to_overwrite(trainer, path, self.overwrite)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite and trainer.ckpt_path is None:
+                for old in (path.parent / "checkpoints").glob("*.ckpt"):
+                    old.unlink()  # else a run that breaks off would seem to have left them
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
@@ -108,6 +111,7 @@ class DistillationCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Say so when the options saved in a checkpoint replace those of the command line."""
         subcommand = self.config.get("subcommand")
+        self._refuse_missing(self.config[subcommand].get("ckpt_path") if subcommand else None)
         asked = self.config.clone()
         try:
             super()._parse_ckpt_path()
@@ -130,6 +134,19 @@ class DistillationCLI(LightningCLI):
                 f"change options, start a new run from the weights "
                 f"(lightning_kd.models.pretrained)."
             )
+
+    @staticmethod
+    def _refuse_missing(given: Any) -> None:
+        if not given or given in ("last", "best", "hpc", "registry") or ":" in str(given):
+            return
+        path = Path(given)
+        if path.exists():
+            return
+        near = sorted(p.name for p in path.parent.glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"Expected a checkpoint at {path}, found none. In {path.parent} there are: "
+            f"{', '.join(near) or 'no checkpoints'}."
+        )
 
 
 def flatten(config: Any, prefix: str = "model") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_kd.strategies import last_checkpoint
+
 
 class SaveOnSigterm(Callback):
     """Keep a run that a scheduler ends, as it is behind the batch during which SIGTERM came.
@@ -21,10 +23,20 @@ class SaveOnSigterm(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(f"Interrupted.{_stands(trainer)}")
+        if not isinstance(exception, SIGTERMException):
+            return
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
         folder = next((Path(folder) for folder in folders if folder), None)
         training = trainer.training and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if folder is None or not training or not isinstance(exception, SIGTERMException):
+        if folder is None or not training:
+            rank_zero_info(f"Ended by SIGTERM outside of training.{_stands(trainer)}")
             return
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         rank_zero_info(f"Ended by SIGTERM. To go on, add --ckpt_path={folder / 'last.ckpt'}")
+
+
+def _stands(trainer: Trainer) -> str:
+    found = last_checkpoint(trainer)
+    return f"{found} To go on, add it as --ckpt_path." if found else " There is no checkpoint yet."

@@ -101,11 +101,17 @@ class TeacherCache:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: delete {self.folder}. ({error})") from error
         wanted = {**facts, "images": images}
-        changed = [k for k in wanted if not isinstance(found, dict) or found.get(k) != wanted[k]]
+        found = found if isinstance(found, dict) else {}
+        changed = [
+            f"{k} ({found.get(k)}, now {v})" if k not in ("teachers", "data") else k
+            for k, v in wanted.items()
+            if found.get(k) != v
+        ]
         if changed:
             raise ValueError(
                 f"Expected the answers in {self.folder} to be of these teachers and images, but "
-                f"{', '.join(changed)} changed since: delete the folder, or choose another."
+                f"{', '.join(changed)} changed since: choose another folder "
+                f"(--data.teacher_cache.folder), or delete this one."
             )
         self._classes = facts["classes"]
         self._open(self.folder, facts, images)
@@ -130,20 +136,22 @@ class TeacherCache:
         self._ready = False
         aside = self._aside(token)
         if first:
-            aside.mkdir(parents=True, exist_ok=True)
-            for name, shape, kind in self._files(facts, images):
-                size = math.prod(shape) * kind.itemsize
-                try:
+            files = self._files(facts, images)
+            sizes = [math.prod(shape) * kind.itemsize for _, shape, kind in files]
+            try:
+                aside.mkdir(parents=True, exist_ok=True)
+                for (name, _, _), size in zip(files, sizes, strict=True):
                     with (aside / name).open("wb") as file:
                         if hasattr(os, "posix_fallocate"):  # else a full disk ends the process
                             os.posix_fallocate(file.fileno(), 0, size)
                         file.truncate(size)
-                except OSError as error:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    raise OSError(
-                        f"Cannot write answers of {size} bytes into {self.folder}: "
-                        f"{error.strerror}. Free space, choose another folder, or set top_k."
-                    ) from error
+            except OSError as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise OSError(
+                    f"Cannot write answers of {sum(sizes)} bytes into {self.folder}: "
+                    f"{error.strerror}. Free space, choose another folder "
+                    f"(--data.teacher_cache.folder), or set top_k."
+                ) from error
         if not aside.is_dir():
             return False
         self._open(aside, facts, images)

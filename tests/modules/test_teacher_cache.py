@@ -139,13 +139,13 @@ def test_bf16(fit, cache):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"cache": {"seed": 1}}, "seed"),
-        ({"cache": {"views": 2}}, "views"),
-        ({"cache": {"top_k": 2}}, "top_k"),
+        ({"cache": {"seed": 1}}, r"seed \(0, now 1\)"),
+        ({"cache": {"views": 2}}, r"views \(1, now 2\)"),
+        ({"cache": {"top_k": 2}}, r"top_k \(None, now 2\)"),
         ({"data": {"split_seed": 1}}, "data"),
         ({"data": {"crop_padding": 2}}, "data"),
         ({"data": {"flip": False}}, "data"),
-        ({"data": {"subset": 199}}, "data, images"),
+        ({"data": {"subset": 199}}, r"data, images \(200, now 199\)"),
         ({"teacher": True}, "teachers"),
     ],
 )

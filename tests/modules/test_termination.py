@@ -128,6 +128,21 @@ def test_another_exception_leaves_nothing(fit, saver, tmp_path):
     assert not (tmp_path / "kept" / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_ctrl_c_says_what_stands(fit, tmp_path, caplog, kept):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    keep = ModelCheckpoint(tmp_path / "kept", filename="last", enable_version_counter=False)
+    with pytest.raises(SystemExit):
+        fit(*([keep] if kept else []), Stop(), enable_checkpointing=kept)
+    said = "last.ckpt. To go on, add it as --ckpt_path." if kept else "There is no checkpoint yet."
+    assert f"Interrupted.{'' if kept else ' '}" in caplog.text
+    assert said in caplog.text
+
+
 def test_the_command_ends_as_shells_expect(monkeypatch):
     def ended():
         raise SIGTERMException
