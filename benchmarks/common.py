@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,6 +39,28 @@ def bare_trainer(
         callbacks=list(callbacks),
         **options,
     )
+
+
+class Epochs(Callback):
+    """Seconds of each epoch, and when the first began; a GPU is waited for at both ends."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.start = now()
+        self.began = self.began or self.start
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seconds.append(now() - self.start)
+
+
+def now() -> float:
+    """Seconds, when all that a GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class RandomImages(ImageData):

@@ -13,27 +13,14 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
-from common import RandomImages, bare_trainer, quiet
-from lightning.pytorch import Callback
+from common import Epochs, RandomImages, bare_trainer, quiet
 
 from lightning_kd import MultiTeacher, PeerCohort
 from lightning_kd.models import resnet14, resnet20
 
 STEPS, EPOCHS = 10, 4
-
-
-class Epochs(Callback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_epoch_start(self, *_) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, *_) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 CASES = {

@@ -15,38 +15,24 @@ import tempfile
 import time
 
 import torch
-from common import RandomImages, bare_trainer, quiet, with_statistics
-from lightning.pytorch import Callback
+from common import Epochs, RandomImages, bare_trainer, quiet, with_statistics
 
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.models import resnet20, resnet56
 from lightning_kd.teachers import TeacherCache
 
 
-class Clock(Callback):
-    """Seconds of each epoch, and of what comes before the first."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.marks.append(time.perf_counter())
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        self.marks.append(time.perf_counter())
-
-
 def epoch(teachers: list[torch.nn.Module], cache: TeacherCache | None) -> tuple[float, float]:
     """Seconds of an epoch, and of all that came before it."""
     student = resnet20()
     module = MultiTeacher(student, teachers) if teachers else Supervised(student)
-    clock = Clock()
+    clock = Epochs()
     start = time.perf_counter()
     data = RandomImages(
         batch_size=128, val_split=0.0, crop_padding=4, flip=True, teacher_cache=cache
     )
     bare_trainer([clock], max_epochs=1).fit(module, datamodule=data)
-    return clock.marks[1] - clock.marks[0], clock.marks[0] - start
+    return clock.seconds[0], clock.began - start
 
 
 def main() -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
-from common import RandomImages, bare_trainer, quiet, with_statistics
-from lightning.pytorch import Callback
+from common import Epochs, RandomImages, bare_trainer, now, quiet, with_statistics
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_kd import MultiTeacher
@@ -30,26 +28,6 @@ from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet20, resnet56
 
 TYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-class Epochs(Callback):
-    """Seconds of each epoch; the device is waited for where it begins and ends."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, []
-
-    def on_train_epoch_start(self, *_) -> None:
-        wait(self.device)
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, *_) -> None:
-        wait(self.device)
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 def by_hand(options: argparse.Namespace, data: RandomImages, epochs: int) -> list[float]:
@@ -64,8 +42,7 @@ def by_hand(options: argparse.Namespace, data: RandomImages, epochs: int) -> lis
     images, labels = (part.to(device) for part in data.training)
     seconds = []
     for _ in range(epochs):
-        wait(device)
-        start = time.perf_counter()
+        start = now()
         total = torch.zeros((), device=device)
         for index in torch.randperm(len(labels), device=device).split(options.batch):
             draws = torch.rand(len(index), 3, device=device)
@@ -82,13 +59,12 @@ def by_hand(options: argparse.Namespace, data: RandomImages, epochs: int) -> lis
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()
-        wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     return seconds[1:]
 
 
 def ours(options: argparse.Namespace, data: RandomImages, epochs: int) -> list[float]:
-    clock = Epochs(options.device)
+    clock = Epochs()
     callbacks = [clock, ChannelsLast(), *([Compile()] if options.compile else [])]
     module = MultiTeacher(
         resnet20(), [with_statistics(resnet56())], [SoftTarget(4.0, weight=0.9)], task_weight=0.1

@@ -19,9 +19,9 @@ class Compile(Callback):
     """``torch.compile`` for the networks of a run, each by itself, from its second step on.
 
     That step takes longer by up to a minute for each network, and so does the first validation
-    behind it. What is exported and saved are the plain networks. The
-    teacher of ``DataFree``, whose layers are measured in some passes only, stays plain, and so does
-    what makes images. It needs a C++ compiler on a CPU, and Triton on a GPU.
+    behind it. What is exported and saved are the plain networks. The teacher of ``DataFree``, whose
+    layers are measured in some passes only, stays plain, and so does what makes images. It needs a
+    C++ compiler on a CPU, and Triton on a GPU.
 
     Args:
         teachers: Compile teachers.

@@ -47,7 +47,6 @@ class GraphDistillation(LayerLoss):
     """
 
     takes_unknown_classes = False
-    reads_scale = True
     reads_logits = True
 
     def __init__(

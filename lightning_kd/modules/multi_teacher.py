@@ -102,7 +102,7 @@ class MultiTeacher(OneStudent):
         if self._together is None or not logits or len(indices) < self.voices:
             return super().teach(x, indices, logits)
         for teacher in self._teachers():
-            teacher.network.eval()  # somebody may have called train() on it
+            teacher.keep_in_eval()
         with torch.no_grad():
             answers = self._together([x] * self.voices)
         return [each.spread(said) for each, said in zip(self._teachers(), answers, strict=True)]
@@ -113,7 +113,7 @@ class MultiTeacher(OneStudent):
         Raises:
             ValueError: If there is one only, or they differ in more than their weights.
         """
-        layers = {teacher.layers for teacher in self._teachers()}
+        layers = {teacher.tap.layers for teacher in self._teachers()}
         if self.voices < 2 or len(layers) > 1:
             raise ValueError(
                 f"Expected two or more teachers whose same layers are read with batched=True, got "

@@ -67,11 +67,6 @@ class Teacher(nn.Module):
         """The network itself."""
         return self._given[0]
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Whose outputs are recorded."""
-        return self.tap.layers
-
     def listen(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.
 
@@ -91,14 +86,18 @@ class Teacher(nn.Module):
             offload: Keep weights in the memory of the CPU; they visit the images' device for the
                 time of an answer, one network after the other.
         """
-        for part in self.network.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                continue
-            for values in (*part.parameters(False), *part.buffers(False)):
-                if values.is_floating_point():
-                    dtype = dtype or values.dtype
-                    values.data = values.data.to(dtype)
-        self._dtype, self._offloaded = dtype or torch.float32, offload
+        floats = [
+            values
+            for part in self._parts
+            if not isinstance(part, nn.modules.batchnorm._BatchNorm)
+            for values in (*part.parameters(False), *part.buffers(False))
+            if values.is_floating_point()
+        ]
+        if dtype is not None:
+            for values in floats:
+                values.data = values.data.to(dtype)
+        self._dtype = floats[0].dtype if floats else torch.float32
+        self._offloaded = offload
         if offload:
             for values in (*self.network.parameters(), *self.network.buffers()):
                 here = values.data.cpu()  # copies from pinned memory do not wait
@@ -111,11 +110,14 @@ class Teacher(nn.Module):
             x: Images.
             logits: Run to the end; else only as far as the layers that are listened to.
         """
-        # somebody holds the network, or a part of it, and called train() on it
-        if any(part.training for part in self._parts):
-            self.network.eval()
+        self.keep_in_eval()
         said = self.tap(x, logits) if self._dtype is None else self._lightly(x, logits)
         return self.spread(said) if logits else said
+
+    def keep_in_eval(self) -> None:
+        """Put the network back: who holds it, or a part of it, may have called train() on it."""
+        if any(part.training for part in self._parts):
+            self.network.eval()
 
     def _lightly(self, x: Tensor, logits: bool) -> Knowledge:
         images = x.to(self._dtype)

@@ -68,7 +68,6 @@ class TeacherCache:
                 f"Expected top_k below the number of classes, {classes}, got {self.top_k}: leave "
                 f"it out."
             )
-        self._classes = classes
         return {
             "teachers": [_hash(teacher) for teacher in teachers],
             "data": data,
@@ -113,7 +112,6 @@ class TeacherCache:
                 f"{', '.join(changed)} changed since: choose another folder "
                 f"(--data.teacher_cache.folder), or delete this one."
             )
-        self._classes = facts["classes"]
         self._open(self.folder, facts, images)
         self._ready = True
         return True
@@ -253,6 +251,7 @@ class TeacherCache:
         return files if self.top_k is None else [*files, ("classes.i32", shape, torch.int32)]
 
     def _open(self, folder: Path, facts: dict[str, Any], images: int) -> None:
+        self._classes = facts["classes"]
         opened = []
         for name, shape, kind in self._files(facts, images):
             path, size = folder / name, math.prod(shape)

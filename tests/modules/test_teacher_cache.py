@@ -278,7 +278,13 @@ def test_crops_are_the_same_in_any_precision(fit, cache, precision):
 def test_a_dry_development_run_after_a_real_one_asks_live_teachers(fit, cache, make_trainer):
     source = Digits(**DATA, teacher_cache=cache())
     make_trainer(max_epochs=1).fit(module(), datamodule=source)
-    make_trainer(fast_dev_run=True).fit(module(), datamodule=source)
+    asked = []
+    made = module()
+    for teacher in made._teachers():
+        teacher.network.register_forward_hook(lambda m, x, y: asked.append(m.training))
+    make_trainer(fast_dev_run=True).fit(made, datamodule=source)
+    assert asked
+    assert not source.teacher_cache.ready
 
 
 def test_teachers_of_more_outputs_than_the_data_has_classes(fit, cache):
@@ -296,6 +302,11 @@ def test_a_subclass_that_reads_batches_sees_pairs(fit, cache):
     torch.manual_seed(1)
     made = Mine(TinyNet(), [TinyNet(8)])
     fit(made, cache(), max_epochs=1)
+    asked = []
+    next(made._teachers()).network.register_forward_hook(lambda m, x, y: asked.append(len(y)))
+    _, trainer = fit(made, cache(), max_epochs=1, limit_val_batches=0)
+    assert asked == [32]  # to compare, not to train
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
 def test_damage_is_told(fit, cache):
