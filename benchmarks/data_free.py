@@ -34,16 +34,17 @@ from torch import nn
 from lightning_kd import DataFree
 from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import CIFAR10, MNIST, Rounds
-from lightning_kd.inversion import (
+from lightning_kd.data_free.generators import BaseGenerator, Generator, MetaGenerator, Noise
+from lightning_kd.data_free.image_losses import (
     Activation,
     Adversarial,
     BatchNormStatistics,
     ClassBalance,
     OneHot,
 )
+from lightning_kd.data_free.replay import Prioritized, Uniform
+from lightning_kd.data_free.targets import TeacherLabels
 from lightning_kd.models import ImageGenerator, pretrained, resnet8, resnet14, resnet20
-from lightning_kd.replay import Prioritized, Uniform
-from lightning_kd.sources import Generator, ImageSource, MetaGenerator, Noise, TeacherLabels
 
 RESULTS = Path("benchmarks/results/data_free.jsonl")
 FROZEN = Path("benchmarks/results/data_free_frozen.jsonl")
@@ -58,7 +59,7 @@ class Setting:
     generator: Callable[[], nn.Module]
     rounds: int
     warm_up: int
-    source_steps: int
+    generator_steps: int
     student_steps: int
     images: int
     batch: int
@@ -88,14 +89,14 @@ SETTINGS = {
         MNIST,
         lambda: resnet8(num_classes=10, in_channels=1, width=8, stem_stride=2),
         lambda: ImageGenerator((1, 28, 28), latent=64, width=16),
-        rounds=46, warm_up=6, source_steps=5, student_steps=25, images=128, batch=64, scale=1000,
+        rounds=46, warm_up=6, generator_steps=5, student_steps=25, images=128, batch=64, scale=1000,
         every=10, batch_norm=1.0,
     ),
     "cifar10": Setting(
         CIFAR10,
         lambda: resnet14(num_classes=10, width=8),
         lambda: ImageGenerator((3, 32, 32), latent=128, width=16),
-        rounds=60, warm_up=10, source_steps=5, student_steps=40, images=64, batch=64, scale=1500,
+        rounds=60, warm_up=10, generator_steps=5, student_steps=40, images=64, batch=64, scale=1500,
         every=10, batch_norm=10.0, momentum=0.9, one_hot=0.4, adversarial=1.1, temperature=20.0,
         views=2,
     ),
@@ -104,23 +105,23 @@ SCALES = (0.01, 0.05, 0.10, 0.25)  # of the real training images
 BATCH_NORM = (0.0, 0.2, 5.0)
 
 
-class Real(ImageSource):
+class Real(BaseGenerator):
     """Training images, for the ceiling."""
 
     def __init__(self, images: torch.Tensor) -> None:
         super().__init__()
         self._images = (images,)
 
-    def begin(self, count, shape, random):
-        self._now = self.draw(count, shape, random)
+    def start_round(self, count, shape, random):
+        self._now = self.sample(count, shape, random)
 
     def forward(self):
         return self._now
 
-    def descend(self, loss, optimizer):
+    def step(self, loss, optimizer):
         pass
 
-    def draw(self, count, shape, random):
+    def sample(self, count, shape, random):
         (images,) = self._images
         return images[torch.randint(len(images), (count,), generator=random)].float().div_(255)
 
@@ -137,8 +138,8 @@ def terms(setting: Setting, modulate: bool, batch_norm=None, normalize: bool = F
 def inverted(sampler, keep_all: bool = False, modulate: bool = False, **wishes):
     def make(setting, scale):
         options = {
-            "source": MetaGenerator(setting.generator()),
-            "terms": terms(setting, modulate, **wishes),
+            "generator": MetaGenerator(setting.generator()),
+            "image_losses": terms(setting, modulate, **wishes),
             "round_images": max(setting.images, -(-scale // (setting.rounds - setting.warm_up))),
         }
         kept = None if keep_all else scale * (setting.views or 1)
@@ -150,17 +151,17 @@ def inverted(sampler, keep_all: bool = False, modulate: bool = False, **wishes):
 def dafl(setting, scale):
     wishes = [OneHot(1.0), ClassBalance(5.0), Activation("layer3", 0.1)]
     source = Generator(setting.generator(), learning_rate=3e-2)
-    return {"source": source, "terms": wishes, "targets": TeacherLabels()}, []
+    return {"generator": source, "image_losses": wishes, "targets": TeacherLabels()}, []
 
 
 def noise(setting, scale):
-    return {"source": Noise(), "terms": []}, [ReplayBuffer(scale, Uniform())]
+    return {"generator": Noise(), "image_losses": []}, [ReplayBuffer(scale, Uniform())]
 
 
 def real(setting, scale):
     data = setting.data(val_split=0.0)
     data.setup("fit")
-    return {"source": Real(data._train[0]), "terms": []}, []
+    return {"generator": Real(data._train[0]), "image_losses": []}, []
 
 
 ARMS: dict[str, Callable] = {
@@ -218,7 +219,7 @@ def fit(setting: Setting, teacher: nn.Module, parts: dict, callbacks: list[Callb
     """Train one student; what its ``Curve`` saw."""
     curve, learned = Curve(setting), setting.rounds - setting.warm_up
     options = {
-        "round_images": setting.images, "source_steps": setting.source_steps,
+        "round_images": setting.images, "generator_steps": setting.generator_steps,
         "student_steps": setting.student_steps, "batch_size": setting.batch,
         "warm_up": setting.warm_up, "temperature": setting.temperature,
         "flip": setting.views is not None, "views": setting.views if callbacks else None,
@@ -281,7 +282,7 @@ def frozen(name: str, seed: int, file: str | None) -> list[dict]:
                 pool.load_state_dict(state)
                 short = Setting(**{**vars(setting), "rounds": 4, "warm_up": 0, "every": 4})
                 curve = fit(
-                    short, teacher, {"source": Noise(), "terms": []}, [pool], round_images=1,
+                    short, teacher, {"generator": Noise(), "image_losses": []}, [pool], round_images=1,
                     student_steps=steps // 4, flip=False, views=None,
                 )  # fmt: skip
                 row = {"setting": name, "kept": kept, "steps": steps, "draws": draws}

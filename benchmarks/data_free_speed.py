@@ -35,10 +35,10 @@ from torchvision.utils import save_image
 from lightning_kd import DataFree
 from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import Rounds
-from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.data_free.generators import Generator
+from lightning_kd.data_free.image_losses import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.data_free.replay import Prioritized
 from lightning_kd.models import ImageGenerator, wide_resnet
-from lightning_kd.replay import Prioritized
-from lightning_kd.sources import Generator
 
 IMAGES, SOURCE_STEPS, STUDENT_STEPS, BATCH = 64, 2, 20, 64
 
@@ -144,7 +144,7 @@ def ours(
     module = DataFree(
         student, teacher, Generator(generator),
         [BatchNormStatistics(), OneHot(0.5, modulate=True), Adversarial()], temperature=4.0,
-        round_images=IMAGES, source_steps=SOURCE_STEPS, student_steps=STUDENT_STEPS,
+        round_images=IMAGES, generator_steps=SOURCE_STEPS, student_steps=STUDENT_STEPS,
         batch_size=BATCH, warm_up=0,
     )  # fmt: skip
     parts = dict.fromkeys(("invert", "remember", "distil"), 0.0)

@@ -207,11 +207,11 @@ def mean_trust(module: MultiTeacher, seed: int) -> list[float]:
     total = torch.zeros(len(module.teachers))
     for _, batch in zip(range(8), held.train_dataloader(), strict=False):
         x, y = held.on_after_batch_transfer(batch, 0)
-        indices = tuple(module.weighting.active(len(module.teachers)))
+        indices = tuple(module.distillation.weighting.active(len(module.teachers)))
         if not indices:  # nobody is listened to any more
-            module.weighting.eval()
-            indices = tuple(module.weighting.active(len(module.teachers)))
-        weights = module.weighting(module.teach(x, indices), module.learn(x), y)
+            module.distillation.weighting.eval()
+            indices = tuple(module.distillation.weighting.active(len(module.teachers)))
+        weights = module.distillation.weighting(module.distillation.teacher_outputs(x, indices), module.distillation.student_output(x), y)
         weights = weights.mean(1) if weights.dim() == 2 else weights
         for index, weight in zip(indices, weights, strict=True):
             total[index] += weight / 8

@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from lightning_kd import MultiTeacher, PeerCohort
 from lightning_kd.callbacks import ChannelsLast
 from lightning_kd.data import CIFAR10
-from lightning_kd.functional.augment import crop_and_flip
+from lightning_kd.functional import crop_and_flip
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet8, resnet20
 

@@ -35,14 +35,14 @@ def measure(name: str, count: int, steps: int = 15) -> dict:
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     module = MultiTeacher(resnet8(), [resnet20() for _ in range(count)], None, WEIGHTINGS[name]())
-    module.prepare(torch.zeros(1, 3, 32, 32))
+    module._build(torch.zeros(1, 3, 32, 32))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     x, y = torch.rand(64, 3, 32, 32), torch.randint(0, 10, (64,))
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         optimizer.zero_grad()
-        torch.stack(list(module.step(x, y).values())).sum().backward()
+        torch.stack(list(module.compute_losses(x, y).values())).sum().backward()
         optimizer.step()
         times.append(1e3 * (time.perf_counter() - start))
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_kd import MultiTeacher
 from lightning_kd.callbacks import ChannelsLast, Compile
-from lightning_kd.functional.augment import crop_and_flip
+from lightning_kd.functional import crop_and_flip
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import resnet20, resnet56
 

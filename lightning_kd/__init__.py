@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_kd.cli import main
-    from lightning_kd.knowledge import Ensemble, Knowledge
     from lightning_kd.modules import (
         DataFree,
         Distiller,
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
         SubTeacher,
         Supervised,
     )
+    from lightning_kd.outputs import NetworkOutput, TeacherOutputs
     from lightning_kd.teachers import Teacher
 
 __version__ = "0.1.0"
@@ -24,32 +24,34 @@ __version__ = "0.1.0"
 _HOMES = {
     "DataFree": "modules",
     "Distiller": "modules",
-    "Ensemble": "knowledge",
-    "Knowledge": "knowledge",
     "MultiTeacher": "modules",
+    "NetworkOutput": "outputs",
     "PeerCohort": "modules",
     "SubTeacher": "modules",
     "Supervised": "modules",
     "Teacher": "teachers",
+    "TeacherOutputs": "outputs",
     "main": "cli",
 }
 
 __all__ = [
     "DataFree",
     "Distiller",
-    "Ensemble",
-    "Knowledge",
     "MultiTeacher",
+    "NetworkOutput",
     "PeerCohort",
     "SubTeacher",
     "Supervised",
     "Teacher",
+    "TeacherOutputs",
     "main",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        if _HOMES[name] == "modules":  # strategies are chosen by name, once they are known
+            importlib.import_module(f"{__name__}.strategies")
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     try:  # the rooms: lightning_kd.losses works without importing it first
         return importlib.import_module(f"{__name__}.{name}")

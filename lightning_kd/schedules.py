@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from lightning_kd.functional import curves
-from lightning_kd.functional.checks import check_positive
+from lightning_kd.utils.checks import check_positive
 
 
 class Schedule(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,17 +14,18 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_kd.ranks import gather_over_ranks, world_size
+from lightning_kd.distributed import gather_over_ranks, world_size
+from lightning_kd.modules.checkpoint_io import last_checkpoint
 
 LOST = ("onnection", "NCCL", "ocket", "peer", "imed out", "Gloo")  # as the back ends word it
 
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A module of which each process can train a part."""
+    """What can be trained in parts, one in each process."""
 
     def own(self, index: int | None, count: int = 1) -> None:
-        """Train part ``index`` of ``count`` and ask other processes for the rest; None: do all."""
+        """Run and train part ``index`` of ``count`` alone; None: all of them."""
 
     def parts(self) -> Sequence[Sequence[nn.Module]]:
         """What belongs to each process."""
@@ -64,12 +64,13 @@ class PeerPerProcess(DDPStrategy):
     @property
     def _divided(self) -> Any:
         module = self.lightning_module
-        if not isinstance(module, Divisible):
+        core = getattr(module, "distillation", None)
+        if not isinstance(core, Divisible):
             raise TypeError(
                 f"Expected strategy peer_per_process with a PeerCohort, got "
                 f"{type(module).__name__}: use strategy ddp."
             )
-        return module
+        return core
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -90,9 +91,13 @@ class PeerPerProcess(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if isinstance(self.lightning_module, Divisible):
-            self.lightning_module.own(None)
+        if isinstance(getattr(self.lightning_module, "distillation", None), Divisible):
+            self._divided.own(None)
         super().teardown()
+
+    @override
+    def on_train_end(self) -> None:
+        self.collect()  # for what is written at the end
 
     def collect(self) -> None:
         """Bring each peer's weights from the process that trains it to all others."""
@@ -180,14 +185,6 @@ class PeerPerProcess(DDPStrategy):
                 f"command and --ckpt_path. ({text})",
             )
         super().on_exception(exception)
-
-
-def last_checkpoint(trainer: Trainer) -> str:
-    """A sentence that names the newest checkpoint of this run; empty where there is none."""
-    names = ("last_model_path", "best_model_path")
-    paths = [getattr(saver, name, "") for saver in trainer.checkpoint_callbacks for name in names]
-    files = sorted((path.stat().st_mtime, path) for p in paths if (path := Path(p)).is_file())
-    return f" The newest checkpoint is {files[-1][1]}." if files else ""
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

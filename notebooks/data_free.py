@@ -22,10 +22,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning_kd import DataFree
 from lightning_kd.callbacks import ReplayBuffer
 from lightning_kd.data import Digits, Rounds
-from lightning_kd.inversion import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.data_free.generators import MetaGenerator
+from lightning_kd.data_free.image_losses import Adversarial, BatchNormStatistics, OneHot
+from lightning_kd.data_free.replay import Prioritized
 from lightning_kd.models import ImageGenerator, pretrained, resnet8
-from lightning_kd.replay import Prioritized
-from lightning_kd.sources import MetaGenerator
 
 # %matplotlib inline
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -43,11 +43,11 @@ teacher = pretrained("configs/digits/teachers/resnet20.safetensors")
 module = DataFree(
     student=resnet8(num_classes=10, in_channels=1, width=4),
     teacher=teacher,
-    source=MetaGenerator(ImageGenerator((1, 8, 8), latent=32, width=16)),
-    terms=[BatchNormStatistics(1.0), OneHot(0.5, modulate=True), Adversarial(1.0, masked=True)],
+    generator=MetaGenerator(ImageGenerator((1, 8, 8), latent=32, width=16)),
+    image_losses=[BatchNormStatistics(1.0), OneHot(0.5, modulate=True), Adversarial(1.0, masked=True)],
     temperature=4.0,
     round_images=128,
-    source_steps=5,
+    generator_steps=5,
     student_steps=25,
     batch_size=64,
     warm_up=6,
@@ -63,7 +63,7 @@ class History(Callback):
 
     def on_validation_end(self, trainer, module):
         self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-        self.images.append(module.latest[:10].clone())
+        self.images.append(module.synthesizer.latest[:10].clone())
 
 
 history, buffer = History(), ReplayBuffer(1000, Prioritized())

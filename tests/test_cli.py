@@ -196,7 +196,7 @@ def test_one_item_of_a_list_is_reached_by_its_index(fit):
         "--model.losses.0.weight=0.5",
         "--model.teachers.1.checkpoint=configs/digits/teachers/resnet14.safetensors",
     )
-    loss = cli.model.losses["soft_target"]
+    loss = cli.model.distillation.losses["soft_target"]
     assert (loss.temperature, loss.weight) == (6, 0.5)
     assert cli.model.teachers[1].network.init_args["depth"] == 14
     assert cli.model.teachers[2].network.init_args["depth"] == 10
@@ -225,9 +225,9 @@ def test_options_do_not_leak_when_a_class_is_replaced(fit):
         "--model.weighting=lightning_kd.weighting.Fixed",
         "--model.weighting.weights=[1,1,0]",
     )
-    loss = cli.model.losses["logit_mse"]
+    loss = cli.model.distillation.losses["logit_mse"]
     assert loss.weight == 1.0
-    assert cli.model.weighting.space == "probability"
+    assert cli.model.distillation.weighting.space == "probability"
 
 
 def test_live_objects_through_main(tmp_path, tiny):

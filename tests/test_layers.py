@@ -50,8 +50,8 @@ def test_functional_and_losses_know_nothing_of_lightning():
 
 def test_public_names_stay():
     assert lightning_kd.__all__ == [
-        "DataFree", "Distiller", "Ensemble", "Knowledge", "MultiTeacher", "PeerCohort",
-        "SubTeacher", "Supervised", "Teacher", "main",
+        "DataFree", "Distiller", "MultiTeacher", "NetworkOutput", "PeerCohort", "SubTeacher",
+        "Supervised", "Teacher", "TeacherOutputs", "main",
     ]  # fmt: skip
     for name in lightning_kd.__all__:
         assert getattr(lightning_kd, name).__doc__

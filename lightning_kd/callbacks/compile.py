@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -10,9 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_kd.modules import DataFree, PeerCohort, SubTeacher, Supervised
-from lightning_kd.modules.peers import Peers
-from lightning_kd.teachers import Teacher
+from lightning_kd.modules import Distiller
 
 
 class Compile(Callback):
@@ -25,7 +22,7 @@ class Compile(Callback):
 
     Args:
         teachers: Compile teachers.
-        learners: Compile students and peers.
+        students: Compile students and peers.
         options: More arguments of ``torch.compile``, such as ``{mode: max-autotune}``.
 
     Raises:
@@ -35,26 +32,15 @@ class Compile(Callback):
     def __init__(
         self,
         teachers: bool = True,
-        learners: bool = True,
+        students: bool = True,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.teachers, self.learners, self.options = teachers, learners, options or {}
+        self.teachers, self.students, self.options = teachers, students, options or {}
         self._before: dict[nn.Module, Any] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        why = ""
-        if isinstance(pl_module, SubTeacher):
-            why = "whose teacher is run in parts"
-        elif isinstance(pl_module, Supervised) and pl_module.depth is not None:
-            why = "with a depth, whose path changes at each step"
-        elif isinstance(pl_module, PeerCohort) and pl_module.peers.batched:
-            why = "with batched=True, which is one network already: compile it in Python"
-        if why:
-            raise ValueError(
-                f"Expected networks that are run whole with Compile, got "
-                f"{type(pl_module).__name__} {why}. Leave Compile out."
-            )
+        self._networks(pl_module)
 
     @override
     def on_train_batch_end(
@@ -85,17 +71,21 @@ class Compile(Callback):
             network._compiled_call_impl = before
         self._before = {}
 
-    def _networks(self, module: LightningModule) -> Iterator[nn.Module]:
-        student = getattr(module, "student", None)
-        if self.learners and isinstance(student, nn.Module):
-            yield student
-        for part in module.modules():
-            if self.teachers and isinstance(part, Teacher) and not isinstance(module, DataFree):
-                yield part.network
-            if self.learners and isinstance(part, Peers):
-                yield from (
-                    [part.branch.trunk, *part.branch.branches] if part.branching else part.networks
-                )
+    def _networks(self, module: LightningModule) -> list[nn.Module]:
+        if not isinstance(module, Distiller):
+            raise TypeError(
+                f"Compile expected a module of lightning_kd, got {type(module).__name__}."
+            )
+        try:
+            trained = module.distillation.compiled_networks()
+        except ValueError as error:
+            raise ValueError(
+                f"Expected networks that are run whole with Compile, got {type(module).__name__} "
+                f"with {error}. Leave Compile out."
+            ) from error
+        whole = not module.teachers.why_not_whole
+        teachers = [teacher.network for teacher in module.teachers] if whole else []
+        return [*(trained if self.students else ()), *(teachers if self.teachers else ())]
 
 
 def _own_code(network: nn.Module) -> FunctionType:

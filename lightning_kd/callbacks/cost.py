@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_kd.adapters import modes_kept
-from lightning_kd.modules import Distiller
+from lightning_kd.features import modes_kept
 
 LATENCY_RUNS = 20
 
@@ -28,11 +27,13 @@ def name_of(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def cost_of(network: nn.Module, module: Distiller) -> dict[str, Any]:
-    """Parameters, floating point operations and milliseconds of one image."""
+def cost_of(
+    network: nn.Module, input_shape: tuple[int, ...] | None, device: torch.device
+) -> dict[str, Any]:
+    """Parameters, floating point operations and milliseconds of one image (C, H, W)."""
     floats = (p.dtype for p in network.parameters() if p.is_floating_point())
     dtype = next(floats, torch.float32)  # not float32 under bf16-true and 64-true
-    x = torch.zeros(1, *(module.input_shape or ()), device=module.device, dtype=dtype)
+    x = torch.zeros(1, *(input_shape or ()), device=device, dtype=dtype)
     with modes_kept(network):
         network.eval()
         flops: int | None = None

@@ -12,8 +12,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_kd.atomic_files import write_atomically
+from lightning_kd.base_distillation import cut_prefix
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
-from lightning_kd.files import write_atomically
 from lightning_kd.modules import Distiller
 
 
@@ -72,20 +73,19 @@ class ExportStudent(Callback):
         folder = run_folder(trainer, self.folder)  # a collective, so before ranks part
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        state, accuracies = best_state(trainer, pl_module)
-        networks = pl_module.learners()
-        best = pl_module.best_learner(accuracies)
-        # of several learners each has a file, and the best one is the student
+        state, scores = best_state(trainer, pl_module)
+        networks, core = pl_module.exported_networks(), pl_module.distillation
+        best = core.best_network(scores)
+        # of several networks each has a file, and the best one is the student
         for name, network in (networks | {"student": networks[best]}).items():
-            learner = name if name in networks else best
+            own = name if name in networks else best
             weights = {
-                k: v.detach().cpu().contiguous()
-                for k, v in pl_module.learner_state(learner, state).items()
+                k: v.detach().cpu().contiguous() for k, v in core.exported_state(own, state).items()
             }
             path = folder / f"{name}.safetensors"
             write_atomically(path, save(_unshared(weights)))
-            spec = network_spec(pl_module.learner_config(learner), network) | {
-                "input_shape": list(pl_module.input_shape or ()),
+            spec = network_spec(core.exported_config(own, pl_module.hparams), network) | {
+                "input_shape": list(core.input_shape or ()),
                 "num_classes": pl_module.num_classes,
             }
             content = json.dumps(spec, indent=2).encode() + b"\n"
@@ -104,7 +104,7 @@ class ExportStudent(Callback):
         network = copy.deepcopy(learner).cpu()
         network.load_state_dict(state)
         network.float().eval()  # whoever loads the graph expects float32
-        example = (torch.zeros(2, *(module.input_shape or ())),)
+        example = (torch.zeros(2, *(module.distillation.input_shape or ())),)
         dynamic = ({0: torch.export.Dim("batch")},)
         if "torch" in self.formats:
             program = torch.export.export(network, example, dynamic_shapes=dynamic)
@@ -121,7 +121,7 @@ class ExportStudent(Callback):
 
 
 def best_state(trainer: Trainer, module: Distiller) -> tuple[dict[str, Tensor], list[float]]:
-    """State of the best checkpoint of this run, else the present one, and its accuracies."""
+    """State of the core in this run's best checkpoint, else now, and the scores of its networks."""
     for callback in trainer.checkpoint_callbacks:
         if (
             isinstance(callback, ModelCheckpoint)
@@ -129,8 +129,9 @@ def best_state(trainer: Trainer, module: Distiller) -> tuple[dict[str, Tensor], 
             and Path(callback.best_model_path).is_file()
         ):
             saved = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            return saved["state_dict"], saved.get("accuracies", [])
-    return module.state_dict(), module.learner_accuracies()
+            return cut_prefix(saved["state_dict"], "distillation."), saved.get("scores", [])
+    core = module.distillation
+    return core.state_dict(), core.scores(trainer.callback_metrics)
 
 
 def network_spec(config: Any, network: nn.Module) -> dict[str, Any]:

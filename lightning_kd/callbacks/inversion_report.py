@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from lightning_kd.callbacks.files import run_folder
 from lightning_kd.callbacks.replay_buffer import ReplayBuffer
-from lightning_kd.inversion import OneHot
-from lightning_kd.modules import DataFree
+from lightning_kd.data_free import synthesizer_of
+from lightning_kd.data_free.image_losses import OneHot
+from lightning_kd.modules import Distiller
 
 
 class InversionReport(Callback):
@@ -34,7 +35,7 @@ class InversionReport(Callback):
 
     Raises:
         ImportError: If pictures are asked for and matplotlib is missing.
-        TypeError: If the module is not ``DataFree``.
+        TypeError: If the module does not synthesize images, as ``DataFree`` does.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class InversionReport(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, DataFree):
-            raise TypeError(f"InversionReport expected DataFree, got {type(pl_module).__name__}.")
+        synthesizer_of(pl_module, "InversionReport")
         if self.every:
             try:
                 import matplotlib  # noqa: F401
@@ -75,10 +75,11 @@ class InversionReport(Callback):
     @override
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DataFree)
-        if pl_module.latest is None:
+        synthesizer = synthesizer_of(pl_module, "InversionReport")
+        assert isinstance(pl_module, Distiller)
+        if synthesizer.latest is None:
             return
-        images = pl_module.like_input(pl_module.latest)  # of half precision under autocast
+        images = synthesizer.latest.to(next(pl_module.student.parameters()))  # half under autocast
         answers = pl_module.teachers[0](images).logits.float().softmax(1)
         classes = torch.bincount(answers.argmax(1), minlength=answers.shape[1])
         # of soft answers as of classes: a teacher that knows nothing of images answers evenly
@@ -87,16 +88,16 @@ class InversionReport(Callback):
             "class_entropy": entropy,
             "pixel_spread": float(images.float().std(0, correction=0).mean()),
         }
-        term = next((t for t in pl_module.terms.values() if isinstance(t, OneHot)), None)
-        if term is not None and term.phi is not None:
-            row["phi"] = float(term.phi.mean())
+        one_hot = next((t for _, t in synthesizer.named_losses() if isinstance(t, OneHot)), None)
+        if one_hot is not None and one_hot.phi is not None:
+            row["phi"] = float(one_hot.phi.mean())
         logged = {f"inversion/{name}": value for name, value in row.items()}
         pl_module.log_dict(logged, sync_dist=True)
         self.history.append({"epoch": float(trainer.current_epoch), **row})
         if entropy < self.least_entropy or row["pixel_spread"] < self.least_spread:
             rank_zero_warn(
                 f"The images of epoch {trainer.current_epoch} are nearly all the same (class "
-                f"entropy {entropy:.2f} of 1, pixel spread {row['pixel_spread']:.3f}): the source "
+                f"entropy {entropy:.2f} of 1, pixel spread {row['pixel_spread']:.3f}): the generator "
                 f"collapses. Lower its learning rate, weigh ClassBalance or BatchNormStatistics "
                 f"more, or reset it (reset_rounds)."
             )

@@ -6,8 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_kd.losses import DistillationLoss
-from lightning_kd.modules import MultiTeacher, PeerCohort
-from lightning_kd.teachers import Teacher
+from lightning_kd.modules import Distiller
 from lightning_kd.weighting import Weighting
 
 
@@ -44,11 +43,16 @@ class LeanTeachers(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        kinds = (MultiTeacher,) if self.batched else (MultiTeacher, PeerCohort)
-        if not isinstance(pl_module, kinds):
+        if not isinstance(pl_module, Distiller) or not len(pl_module.teachers):
             raise ValueError(
-                f"Expected {' or '.join(kind.__name__ for kind in kinds)} with {self._named}, got "
+                f"Expected a module with teachers with {self._named}, got "
                 f"{type(pl_module).__name__}: leave it out."
+            )
+        why = pl_module.teachers.why_not_whole
+        if why:
+            raise ValueError(
+                f"Expected teachers that are run whole with {self._named}, got "
+                f"{type(pl_module).__name__} with {why}: leave it out."
             )
         for part in pl_module.modules():
             reaches = (
@@ -68,14 +72,14 @@ class LeanTeachers(Callback):
             )
         rank_zero_info(f"Teachers at less cost: {self._named}")
         if not self.batched:
-            for part in pl_module.modules():
-                if isinstance(part, Teacher):
-                    part.lighten(getattr(torch, self.dtype) if self.dtype else None, self.offload)
+            dtype = getattr(torch, self.dtype) if self.dtype else None
+            for teacher in pl_module.teachers:
+                teacher.reduce_cost(dtype, self.offload)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.batched and isinstance(pl_module, MultiTeacher):
-            pl_module.ask_together()
+        if self.batched and isinstance(pl_module, Distiller):
+            pl_module.teachers.run_batched()
 
     @property
     def _named(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_kd.files import written_atomically
+from lightning_kd.atomic_files import written_atomically
 
 
 def plot_report(report: dict[str, Any], path: Path) -> bool:

@@ -9,10 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_kd.data_free import synthesizer_of
+from lightning_kd.data_free.replay import Memory, ReplayBatch, Sampler, Uniform
+from lightning_kd.distillation import Distillation
+from lightning_kd.distributed import broadcast_buffers, gather_objects, sum_over_ranks, world_size
 from lightning_kd.functional import kl_divergence
-from lightning_kd.modules import DataFree
-from lightning_kd.ranks import broadcast_buffers, gather_objects, sum_over_ranks, world_size
-from lightning_kd.replay import Drawn, Memory, Sampler, Uniform
+from lightning_kd.modules import Distiller
 
 ROWS = ("images", "logits", "priorities")
 
@@ -34,7 +36,7 @@ class ReplayBuffer(Callback):
 
     Raises:
         ValueError: If ``capacity`` is not positive or ``evict`` is neither.
-        TypeError: If the module is not ``DataFree``.
+        TypeError: If the module does not synthesize images, as ``DataFree`` does.
 
     Source:
         Liu et al. 2024 (SSD-KD), https://arxiv.org/abs/2403.19539, section 3.3.
@@ -63,13 +65,13 @@ class ReplayBuffer(Callback):
         """Remember images (B, C, H, W) in [0, 1], logits (B, K) and priorities (B,)."""
         self._here.extend(images, logits, priorities)
 
-    def sample(self, count: int, random: torch.Generator) -> Drawn:
+    def sample(self, count: int, random: torch.Generator) -> ReplayBatch:
         """Draw a batch."""
         return self._here.sample(count, random)
 
-    def update(self, drawn: Drawn, divergences: Tensor) -> None:
+    def update_priorities(self, batch: ReplayBatch, divergences: Tensor) -> None:
         """Renew the priorities of what was drawn, from divergences (B,)."""
-        self._here.update(drawn, divergences)
+        self._here.update_priorities(batch, divergences)
 
     def class_share(self) -> Tensor:
         """Share of each class among the images of all processes, shape (K,); 0 if empty."""
@@ -84,13 +86,13 @@ class ReplayBuffer(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, DataFree):
-            raise TypeError(f"ReplayBuffer expected DataFree, got {type(pl_module).__name__}.")
+        synthesizer_of(pl_module, "ReplayBuffer")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DataFree)
+        assert isinstance(pl_module, Distiller)
         assert pl_module.num_classes is not None
+        self._batch_size = int(getattr(pl_module, "batch_size", 256))
         if self.memory is not None and self._saved is None and self._owner() is pl_module:
             return  # a second fit goes on with what the first has made
         self._owner = weakref.ref(pl_module)  # of another module's images another teacher spoke
@@ -122,15 +124,18 @@ class ReplayBuffer(Callback):
     ) -> None:
         if not self.refresh:
             return
-        assert isinstance(pl_module, DataFree)
-        pl_module.student.eval()
-        broadcast_buffers(pl_module.student)  # all processes judge alike
+        assert isinstance(pl_module, Distiller)
+        core, student = pl_module.distillation, pl_module.student
+        assert isinstance(core, Distillation)
+        student.eval()
+        broadcast_buffers(student)  # all processes judge alike
+        like = next(student.parameters())
 
         def distance(images: Tensor, logits: Tensor) -> Tensor:
-            return kl_divergence(pl_module.learn(pl_module.like_input(images)).logits, logits)
+            return kl_divergence(core.student_output(images.to(like)).logits, logits)
 
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            self._here.renew(distance, pl_module.batch_size)
+            self._here.renew(distance, self._batch_size)
 
     @override
     def state_dict(self) -> dict[str, Any]:

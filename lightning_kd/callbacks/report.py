@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from lightning_kd.atomic_files import write_atomically
 from lightning_kd.callbacks.cost import cost_of, name_of
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.callbacks.plot import plot_report
-from lightning_kd.files import write_atomically
-from lightning_kd.modules import Distiller, OneStudent, SubTeacher
+from lightning_kd.modules import Distiller
 
 
 class DistillationReport(Callback):
@@ -98,10 +98,10 @@ class DistillationReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Distiller knows the layout of its batch; slicing here would not
+        # the module knows the layout of its batch; slicing here would not
         assert isinstance(pl_module, Distiller)
         copies: int = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-        self.samples += pl_module.samples_in(batch) * copies
+        self.samples += pl_module.loss_tracker.samples * copies
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +116,7 @@ class DistillationReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
         assert isinstance(pl_module, Distiller)
-        pl_module.publish()  # an epoch that ended early has not yet
+        pl_module.loss_tracker.log(pl_module)  # an epoch that ended early has not yet
         row = _row(trainer)
         if not self._validated:  # then Lightning still has the values of an earlier epoch
             row = {k: v for k, v in row.items() if not k.startswith("val/")}
@@ -183,32 +183,36 @@ class DistillationReport(Callback):
         return rows[-1]
 
     def _measured(self, row: dict[str, Any], split: str, module: Distiller) -> dict[str, Any]:
-        def about(network: nn.Module, prefix: str) -> dict[str, Any]:
+        core, watched = module.distillation, module.task.watched
+
+        def about(network: nn.Module, prefix: str, label: str = "") -> dict[str, Any]:
             return {
-                "name": name_of(network),
-                "accuracy": row.get(f"{split}/{prefix}accuracy"),
-                **cost_of(network, module),
+                "name": label + name_of(network),
+                watched: row.get(f"{split}/{prefix}{watched}"),
+                **cost_of(network, core.input_shape, module.device),
             }
 
         measured: dict[str, Any] = {
             "split": split,
+            "watched": watched,
             "student": None,
             "teachers": [],
-            "ensemble": {"accuracy": row.get(f"{split}/ensemble/accuracy")},
+            "ensemble": {watched: row.get(f"{split}/ensemble/{watched}")},
             "agreement": row.get(f"{split}/agreement"),
         }
-        if isinstance(module, OneStudent):
-            student = about(module.student, "") | {"ece": row.get(f"{split}/ece")}
+        networks = core.exported_networks()
+        if len(networks) == 1:
+            (only,) = networks.values()
+            student = about(only, "") | {"ece": row.get(f"{split}/ece")}
+            named = zip(core.teachers.networks(), core.teachers.labels(), strict=True)
             teachers = [
-                about(network, f"teacher_{index}/")
-                for index, network in enumerate(module.networks())
+                about(network, f"teacher_{index}/", label)
+                for index, (network, label) in enumerate(named)
             ]
-            if isinstance(module, SubTeacher):
-                for entry in teachers:
-                    entry["name"] = f"{type(module.source).__name__} of {entry['name']}"
             return measured | {"student": student, "teachers": teachers}
-        peers = {name: about(peer, f"{name}/") for name, peer in module.learners().items()}
-        best = module.best_learner([p["accuracy"] or 0.0 for p in peers.values()])
+        peers = {name: about(peer, f"{name}/") for name, peer in networks.items()}
+        scores = [peer[watched] for peer in peers.values()]
+        best = core.best_network([] if None in scores else scores)
         pairs = {
             key.removeprefix(f"{split}/agreement_"): value
             for key, value in row.items()
@@ -251,10 +255,10 @@ def summary(report: dict[str, Any]) -> str:
         if "parameters" in entry:
             flops = f"{entry['flops'] / 1e6:9.1f} MFLOP" if entry["flops"] else f"{'-':>15}"
             cost = f"{entry['parameters']:>12,} parameters {flops} {entry['latency_ms']:8.2f} ms"
-        return f"{label:<28} {percent(entry.get('accuracy')):>8} {cost}"
+        return f"{label:<28} {percent(entry.get(report['watched'])):>8} {cost}"
 
     student, teachers = report["student"], report["teachers"]
-    lines = ["", f"{'accuracy on ' + report['split']:<28}"]
+    lines = ["", f"{report['watched'] + ' on ' + report['split']:<28}"]
     if "peers" in report:
         lines += [line(f"peer {i} {p['name']}", p) for i, p in enumerate(report["peers"])]
         lines.append(line("the cohort together", report["ensemble"]))

@@ -105,7 +105,9 @@ class AttributeScheduler(Callback):
         Raises:
             ValueError: If the path does not lead to a number.
         """
-        owners: list[Any] = [pl_module]
+        first = self.target.partition(".")[0]
+        core = getattr(pl_module, "distillation", None)
+        owners: list[Any] = [core if core is not None and hasattr(core, first) else pl_module]
         *path, name = self.target.split(".")
         for depth, part in enumerate([*path, name]):
             if not part.isdigit():

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -27,13 +28,15 @@ import lightning_kd.callbacks
 import lightning_kd.losses
 import lightning_kd.models
 import lightning_kd.weighting  # noqa: F401
+from lightning_kd.atomic_files import UNREADABLE, refuse_unwritable, unreadable
+from lightning_kd.callbacks import KeepFreedMemory, SaveOnSigterm
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
 from lightning_kd.cli.generations import generations
 from lightning_kd.cli.help import Parser
-from lightning_kd.cli.overrides import drop_leaked, expand_indices
-from lightning_kd.files import UNREADABLE, refuse_unwritable, unreadable
+from lightning_kd.cli.overrides import drop_leaked
 from lightning_kd.modules import Distiller
+from lightning_kd.modules.checkpoint_io import DurableCheckpointIO
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -71,14 +74,8 @@ class DistillationCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, after spelling out indices of lists."""
-        if args is None:
-            args = sys.argv[1:]
-        if isinstance(args, list):
-            try:
-                args = expand_indices(args)
-            except ValueError as error:
-                parser.error(str(error))
+        """Parse, and remember what was given."""
+        args = sys.argv[1:] if args is None else args
         self.given = args if isinstance(args, list) else []
         super().parse_arguments(parser, args)
 
@@ -107,6 +104,15 @@ class DistillationCLI(LightningCLI):
                     callback.overwrite = True
 
     before_predict = before_fit
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, whose checkpoints are never half-written."""
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        given = config.trainer.get("plugins") or []
+        given = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+            kwargs["plugins"] = [*given, DurableCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Say so when the options saved in a checkpoint replace those of the command line."""
@@ -202,6 +208,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI | None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        trainer_defaults={"callbacks": [SaveOnSigterm(), KeepFreedMemory()]},
         # else --optimizer would optimize the teachers too
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lightning_kd.files import write_atomically
+from lightning_kd.atomic_files import write_atomically
 
 Run = Callable[[list[str]], Any]
 

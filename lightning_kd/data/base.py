@@ -12,9 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_kd.data.batches import NUM_DRAWS, Batches, Order, as_bits
-from lightning_kd.functional.augment import crop_and_flip
-from lightning_kd.functional.seeds import seeded
+from lightning_kd.functional import crop_and_flip
 from lightning_kd.teachers import TeacherCache
+from lightning_kd.utils.seeds import seeded
 
 Labelled = tuple[Tensor, Tensor]
 

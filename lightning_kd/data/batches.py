@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.functional.seeds import seeded
+from lightning_kd.utils.seeds import seeded
 
 NUM_DRAWS = 3
 

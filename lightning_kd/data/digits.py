@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lightning_kd.data.base import ImageData, Labelled
-from lightning_kd.functional.seeds import seeded
+from lightning_kd.utils.seeds import seeded
 
 
 class Digits(ImageData):

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_kd.callbacks.pseudo_labels import read_pseudo_labels
 from lightning_kd.data.base import ImageData
 from lightning_kd.data.batches import NUM_DRAWS, Batches, Order
-from lightning_kd.functional import balanced_labels, labelled
-from lightning_kd.functional.seeds import seeded
+from lightning_kd.data.pseudo_labels import read_pseudo_labels
+from lightning_kd.functional import balanced_labels, is_labelled
+from lightning_kd.utils.seeds import seeded
 
 
 class PseudoLabelled(LightningDataModule):
@@ -95,7 +95,7 @@ class PseudoLabelled(LightningDataModule):
         if self.targets is None:
             raise RuntimeError("PseudoLabelled has no data yet: call setup('fit') first.")
         images, known = self.data.training
-        usable = labelled(self.targets)
+        usable = is_labelled(self.targets)
         order = TwoKinds(
             (known >= 0).nonzero()[:, 0],
             ((known < 0) & usable).nonzero()[:, 0],

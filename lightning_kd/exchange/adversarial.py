@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.adapters import Projection
 from lightning_kd.exchange.base import detached
 from lightning_kd.exchange.mutual import Mutual
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.functional.precision import full_precision
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.features import Projection
+from lightning_kd.functional import full_precision
+from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.checks import check_positive
 
 
 class Adversarial(Mutual):
@@ -34,8 +34,8 @@ class Adversarial(Mutual):
         2020 (AMLN), ECCV (several layers).
     """
 
-    steps_apart = False
-    alternates = True
+    allows_sequential_update = False
+    plays_a_game = True
 
     def __init__(
         self, layer: str | list[str], learning_rate: float = 2e-5, space: str = "probability"
@@ -51,7 +51,7 @@ class Adversarial(Mutual):
         """The feature layers."""
         return self.names
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Make a transfer layer and a discriminator for each peer and layer.
 
         Raises:
@@ -80,7 +80,7 @@ class Adversarial(Mutual):
     def _places(self, count: int) -> list[tuple[int, str]]:
         return [(k, name) for k in range(count) for name in self.names]
 
-    def fool(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+    def adversarial_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
         """What peers and transfer layers minimise in the game, a scalar by name."""
         values = [
             _square(1 - self.discriminators[i](self.transfers[i](peers[k].feature(name))))
@@ -88,15 +88,15 @@ class Adversarial(Mutual):
         ]
         return {"adversarial": torch.stack(values).sum()}
 
-    def tell_apart(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+    def discriminator_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
         """What the discriminators minimise, a scalar by name; gradient to them alone."""
-        said = detached(peers)
+        outputs = detached(peers)
         values = []
         for i, (k, name) in enumerate(self._places(len(peers))):
             with torch.no_grad():
-                fake = self.transfers[i](said[k].feature(name))
+                fake = self.transfers[i](outputs[k].feature(name))
             judge = self.discriminators[i]
-            values.append(_square(1 - judge(said[k - 1].feature(name))) + _square(judge(fake)))
+            values.append(_square(1 - judge(outputs[k - 1].feature(name))) + _square(judge(fake)))
         return {"discriminator": torch.stack(values).sum()}
 
 

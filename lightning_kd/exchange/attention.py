@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange, detached, mean_of
-from lightning_kd.functional import pooled
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.exchange.base import Exchange, detached
+from lightning_kd.functional import global_average_pool
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Attention(Exchange):
@@ -40,7 +40,7 @@ class Attention(Exchange):
         """The feature layer."""
         return (self.layer,)
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Make the projections, for each width of features its own.
 
         Raises:
@@ -51,7 +51,7 @@ class Attention(Exchange):
             raise ValueError(
                 f"Expected at least three networks, two peers and a leader, got {len(peers)}."
             )
-        widths = {pooled(peer.feature(self.layer)).shape[1] for peer in peers[:-1]}
+        widths = {global_average_pool(peer.feature(self.layer)).shape[1] for peer in peers[:-1]}
         if len(widths) > 1:
             raise ValueError(
                 f"Expected peers whose layer {self.layer!r} is equally wide, since they share a "
@@ -62,15 +62,17 @@ class Attention(Exchange):
             self.left = nn.Linear(width, self.dimension, bias=False)
             self.right = nn.Linear(width, self.dimension, bias=False)
 
-    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+    def forward(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> list[TeacherOutputs]:
         """Attended peers for each peer; all peers equally for the leader."""
-        said = detached(peers[:-1])
-        features = torch.stack([pooled(peer.feature(self.layer)) for peer in said])
+        outputs = detached(peers[:-1])
+        features = torch.stack([global_average_pool(peer.feature(self.layer)) for peer in outputs])
         scores = torch.einsum("abd,cbd->acb", self.left(features), self.right(features))
         if not self.attend_self:
-            own = torch.eye(len(said), dtype=torch.bool, device=scores.device)
+            own = torch.eye(len(outputs), dtype=torch.bool, device=scores.device)
             scores = scores.masked_fill(own[:, :, None], -torch.inf)
         shares = scores.float().softmax(1)
-        indices = tuple(range(len(said)))
-        ensembles = [Ensemble(said, share, "logit", indices) for share in shares]
-        return [*ensembles, mean_of(said, "logit", indices)]
+        indices = tuple(range(len(outputs)))
+        ensembles = [TeacherOutputs(outputs, share, "logit", indices) for share in shares]
+        return [*ensembles, TeacherOutputs.uniform(outputs, "logit", indices)]

@@ -3,10 +3,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Exchange(nn.Module, ABC):
@@ -17,15 +16,15 @@ class Exchange(nn.Module, ABC):
     """
 
     #: whether peers may step one after the other: nothing is learned through several at once
-    steps_apart = True
-    #: whether a game is played beside the losses, by ``fool`` and ``tell_apart``
-    alternates = False
+    allows_sequential_update = True
+    #: whether ``adversarial_losses`` and ``discriminator_losses`` are played beside the losses
+    plays_a_game = False
 
     def layers(self) -> Sequence[str]:
         """Layers of every peer whose outputs this exchange reads."""
         return ()
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Size itself from a dry run; called once, before the optimizer is made.
 
         Raises:
@@ -42,13 +41,13 @@ class Exchange(nn.Module, ABC):
         Do not register them: they would be saved twice.
         """
 
-    def before(self, views: Sequence[Tensor]) -> None:
+    def before_peers(self, views: Sequence[Tensor]) -> None:
         """See what each peer is about to see, images (B, C, H, W)."""
 
     @abstractmethod
     def forward(
-        self, peers: Sequence[Knowledge], target: Tensor | None
-    ) -> Sequence[Ensemble | None]:
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> Sequence[TeacherOutputs | None]:
         """What each peer is taught by.
 
         Args:
@@ -59,30 +58,32 @@ class Exchange(nn.Module, ABC):
             One ensemble of detached answers for each peer; None: nobody teaches it now.
         """
 
-    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+    def extra_losses(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> dict[str, Tensor]:
         """Losses of the exchange itself, scalars by name; called after ``forward``."""
         return {}
 
     def after_step(self, peers: nn.Module) -> None:
         """See the peers' networks after each optimizer step of all of them."""
 
-    def observe(self, peers: Sequence[Knowledge], target: Tensor) -> None:
+    def observe(self, peers: Sequence[NetworkOutput], target: Tensor) -> None:
         """See one batch of validation answers."""
 
-    def update(self) -> None:
+    def after_validation(self) -> None:
         """Learn from what was observed; called at the end of each validation, on all ranks."""
 
-    def fool(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+    def adversarial_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
         """What peers minimise in a game against discriminators, scalars by name."""
         return {}
 
-    def tell_apart(self, peers: Sequence[Knowledge]) -> dict[str, Tensor]:
+    def discriminator_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
         """What the discriminators minimise, scalars by name."""
         return {}
 
-    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+    def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """The cohort's own answer as log-probabilities, shape (B, K, ...), to be measured."""
-        return mean_of(peers, "probability").log_probabilities()
+        return TeacherOutputs.uniform(peers, "probability").log_probabilities()
 
 
 def run(part: nn.Module, x: Tensor) -> Tensor:
@@ -98,23 +99,13 @@ def run(part: nn.Module, x: Tensor) -> Tensor:
     return answer
 
 
-def detached(peers: Sequence[Knowledge]) -> list[Knowledge]:
+def detached(peers: Sequence[NetworkOutput]) -> list[NetworkOutput]:
     """The same answers without gradient."""
-    return [
-        Knowledge(peer.logits.detach(), {k: v.detach() for k, v in peer.features.items()})
-        for peer in peers
-    ]
+    return [peer.detach() for peer in peers]
 
 
-def mean_of(members: Sequence[Knowledge], space: str, indices: Sequence[int] = ()) -> Ensemble:
-    """Members that count the same."""
-    count = len(members)
-    weights = torch.full((count,), 1 / count, device=members[0].logits.device)
-    return Ensemble(members, weights, space, indices)
-
-
-def all_others(said: Sequence[Knowledge], space: str) -> list[Ensemble]:
-    """For each peer the mean of what all others said, equally."""
-    everyone = range(len(said))
+def all_others(outputs: Sequence[NetworkOutput], space: str) -> list[TeacherOutputs]:
+    """For each peer the mean of what all others outputs, equally."""
+    everyone = range(len(outputs))
     others = [[j for j in everyone if j != k] for k in everyone]
-    return [mean_of([said[j] for j in rest], space, rest) for rest in others]
+    return [TeacherOutputs.uniform([outputs[j] for j in rest], space, rest) for rest in others]

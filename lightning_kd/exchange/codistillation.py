@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from lightning_kd.exchange.base import all_others
 from lightning_kd.exchange.shadow import Shadowed
-from lightning_kd.functional.checks import check_space
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_space
 
 
 class Codistillation(Shadowed):
@@ -39,20 +39,24 @@ class Codistillation(Shadowed):
         check_space(space)
         self.refresh_every, self.burn_in, self.space = refresh_every, burn_in, space
 
-    def before(self, views: Sequence[Tensor]) -> None:
+    def before_peers(self, views: Sequence[Tensor]) -> None:
         """Ask the snapshots."""
-        self._said = [] if self.steps < self.burn_in else self.shadow(views)
+        self._shadow_outputs = [] if self.steps < self.burn_in else self.shadow(views)
 
     def forward(
-        self, peers: Sequence[Knowledge], target: Tensor | None
-    ) -> Sequence[Ensemble | None]:
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> Sequence[TeacherOutputs | None]:
         """Snapshots of all others, equally; nobody during the burn-in."""
-        return all_others(self._said, self.space) if self._said else [None] * len(peers)
+        return (
+            all_others(self._shadow_outputs, self.space)
+            if self._shadow_outputs
+            else [None] * len(peers)
+        )
 
     def after_step(self, peers: nn.Module) -> None:
         """Count the step, and renew the snapshots when it is time."""
         self.steps += 1
-        self._said = []
+        self._shadow_outputs = []
         # the first teachers are those of the end of the burn-in
         if self.steps == self.burn_in or self.steps % self.refresh_every == 0:
             self.shadow.follow(peers)

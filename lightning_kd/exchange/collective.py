@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_kd.distributed import sum_over_ranks
 from lightning_kd.exchange.base import Exchange, detached
 from lightning_kd.functional import (
     lowest_loss_weights,
@@ -13,9 +14,8 @@ from lightning_kd.functional import (
     simplex_cross_entropy_weights,
     simplex_projection,
 )
-from lightning_kd.functional.precision import Float32State
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import sum_over_ranks
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.float32_state import Float32State
 
 Target = Literal["naive", "linear", "min_logit", "general"]
 
@@ -54,7 +54,7 @@ class Collective(Float32State, Exchange):
             )
         self.target, self.ridge = target, ridge
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Start from equal shares."""
         super().build(peers)
         if not hasattr(self, "shares"):
@@ -63,27 +63,29 @@ class Collective(Float32State, Exchange):
             self.register_buffer("errors", torch.zeros(count, count), persistent=False)
             self.register_buffer("count", torch.zeros(()), persistent=False)
 
-    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+    def forward(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> list[TeacherOutputs]:
         """The common target of all peers."""
-        said = detached(peers)
+        outputs = detached(peers)
         if self.target == "general" or target is None:
             shares = self.shares
-            return [Ensemble(said, shares, "probability")] * len(peers)
-        logits = torch.stack([peer.logits for peer in said])
+            return [TeacherOutputs(outputs, shares, "probability")] * len(peers)
+        logits = torch.stack([peer.logits for peer in outputs])
         known = target >= 0
-        equal = torch.full_like(logits[:, :, 0], 1 / len(said))
+        equal = torch.full_like(logits[:, :, 0], 1 / len(outputs))
         if self.target == "naive":
             weights = torch.where(known, lowest_loss_weights(logits, target), equal)
-            return [Ensemble(said, weights, "probability")] * len(peers)
+            return [TeacherOutputs(outputs, weights, "probability")] * len(peers)
         if self.target == "linear":
             mixture = simplex_cross_entropy_weights(logits, target)
             weights = torch.where(known, mixture[:, None], equal)
-            return [Ensemble(said, weights, "logit")] * len(peers)
+            return [TeacherOutputs(outputs, weights, "logit")] * len(peers)
         made = torch.where(known[:, None], min_logits(logits, target), logits.mean(0))
         one = torch.ones(1, device=made.device)
-        return [Ensemble([Knowledge(made)], one, "logit", (0,))] * len(peers)
+        return [TeacherOutputs([NetworkOutput(made)], one, "logit", (0,))] * len(peers)
 
-    def observe(self, peers: Sequence[Knowledge], target: Tensor) -> None:
+    def observe(self, peers: Sequence[NetworkOutput], target: Tensor) -> None:
         """Add a validation batch to the covariance of the errors."""
         known = (target >= 0).float()
         wanted = torch.nn.functional.one_hot(target.clamp(min=0), peers[0].logits.shape[1])
@@ -91,7 +93,7 @@ class Collective(Float32State, Exchange):
         self.errors += torch.einsum("abk,cbk,b->ac", wrong, wrong, known)
         self.count += known.sum()
 
-    def update(self) -> None:
+    def after_validation(self) -> None:
         """Renew the shares from the validation that has just ended."""
         count = sum_over_ranks(self.count)
         covariance = (sum_over_ranks(self.errors) / count.clamp(min=1)).double()

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.exchange.base import Exchange, detached, mean_of, run
-from lightning_kd.functional import kl_divergence, pooled, task_cross_entropy
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.distributed import mean_over_labelled
+from lightning_kd.exchange.base import Exchange, detached, run
+from lightning_kd.functional import global_average_pool, kl_divergence, task_cross_entropy
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class Fusion(Exchange):
@@ -31,7 +31,7 @@ class Fusion(Exchange):
         Kim et al. 2020 (FFL), https://arxiv.org/abs/1904.09058, equations 2 to 8.
     """
 
-    steps_apart = False
+    allows_sequential_update = False
 
     def __init__(self, layer: str, temperature: float = 3.0, weight: float = 1.0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Fusion(Exchange):
         """The feature layer."""
         return (self.layer,)
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Make the fusion module and its classifier.
 
         Raises:
@@ -68,33 +68,37 @@ class Fusion(Exchange):
         )
         self.classify = nn.Linear(kept, peers[0].logits.shape[1])
 
-    def fused(self, peers: Sequence[Knowledge]) -> Tensor:
+    def fused(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """Logits of the fused classifier, shape (B, K), with gradient."""
         maps = [peer.feature(self.layer) for peer in peers]
         size = maps[0].shape[2:]
         maps = [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear") for m in maps]
-        logits: Tensor = self.classify(pooled(run(self.fuse, torch.cat(maps, 1))))
+        logits: Tensor = self.classify(global_average_pool(run(self.fuse, torch.cat(maps, 1))))
         return logits
 
     def forward(
-        self, peers: Sequence[Knowledge], target: Tensor | None
-    ) -> Sequence[Ensemble | None]:
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> Sequence[TeacherOutputs | None]:
         """The fused classifier, for every peer."""
         self._live = self.fused(peers)
         one = torch.ones(1, device=self._live.device)
-        return [Ensemble([Knowledge(self._live.detach())], one, "logit", (0,))] * len(peers)
+        return [TeacherOutputs([NetworkOutput(self._live.detach())], one, "logit", (0,))] * len(
+            peers
+        )
 
-    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+    def extra_losses(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> dict[str, Tensor]:
         """What the fused classifier learns from the labels, and from the mean of the logits."""
         logits, self._live = self._live, torch.empty(0)
         t = self.temperature
-        answer = mean_of(detached(peers), "logit").log_probabilities(t)
+        answer = TeacherOutputs.uniform(detached(peers), "logit").log_probabilities(t)
         taught = t**2 * kl_divergence(logits, answer, student_temperature=t).mean()
         terms = {"fusion/soft_target": self.weight * taught}
         if target is not None:
             terms["fusion/task"] = mean_over_labelled(task_cross_entropy(logits, target), target)
         return terms
 
-    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+    def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """The fused classifier."""
         return self.fused(peers).log_softmax(1)

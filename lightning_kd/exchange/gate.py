@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.distributed import mean_over_labelled
 from lightning_kd.exchange.base import Exchange, detached, run
-from lightning_kd.functional import combine, pooled, task_cross_entropy
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.functional import combine_teachers, global_average_pool, task_cross_entropy
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Gate(Exchange):
@@ -29,7 +29,7 @@ class Gate(Exchange):
         Lan et al. 2018, https://arxiv.org/abs/1806.04606, equations 3 to 7.
     """
 
-    steps_apart = False
+    allows_sequential_update = False
 
     def __init__(self, layer: str, task_weight: float = 1.0) -> None:
         super().__init__()
@@ -39,33 +39,37 @@ class Gate(Exchange):
         """The layer that the gate reads."""
         return (self.layer,)
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Make the gate."""
         super().build(peers)
         if not hasattr(self, "gate"):
-            width, count = pooled(peers[0].feature(self.layer)).shape[1], len(peers)
+            width, count = global_average_pool(peers[0].feature(self.layer)).shape[1], len(peers)
             self.gate = nn.Sequential(nn.Linear(width, count), nn.BatchNorm1d(count), nn.ReLU())
 
-    def weights(self, peers: Sequence[Knowledge]) -> Tensor:
+    def weights(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """Share of each branch in each sample's answer, shape (K, B), with gradient."""
-        scores = run(self.gate, pooled(peers[0].feature(self.layer)))
+        scores = run(self.gate, global_average_pool(peers[0].feature(self.layer)))
         return scores.float().softmax(1).T
 
-    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+    def forward(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> list[TeacherOutputs]:
         """The gated ensemble, for every branch the same."""
         self._live = self.weights(peers)
-        ensemble = Ensemble(detached(peers), self._live.detach(), "logit")
+        ensemble = TeacherOutputs(detached(peers), self._live.detach(), "logit")
         return [ensemble] * len(peers)
 
-    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+    def extra_losses(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> dict[str, Tensor]:
         """Cross-entropy of the gated ensemble, with gradient to gate and branches."""
         weights, self._live = self._live, torch.empty(0)
         if target is None:
             return {"gate": 0.0 * weights.sum()}
-        answer = combine(torch.stack([p.logits for p in peers]), weights, 1.0, "logit")
+        answer = combine_teachers(torch.stack([p.logits for p in peers]), weights, 1.0, "logit")
         loss = mean_over_labelled(task_cross_entropy(answer, target), target)
         return {"gate": self.task_weight * loss}
 
-    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+    def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """The gated ensemble."""
-        return Ensemble(peers, self.weights(peers), "logit").log_probabilities()
+        return TeacherOutputs(peers, self.weights(peers), "logit").log_probabilities()

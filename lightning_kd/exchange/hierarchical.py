@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_kd.exchange.base import Exchange, detached, mean_of
+from lightning_kd.distributed import mean_over_labelled
+from lightning_kd.exchange.base import Exchange, detached
 from lightning_kd.functional import task_cross_entropy
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Hierarchical(Exchange):
@@ -29,7 +29,7 @@ class Hierarchical(Exchange):
         Ruiz & Verbeek 2020 (HNE), https://arxiv.org/abs/2003.01474, section 3.2.
     """
 
-    steps_apart = False
+    allows_sequential_update = False
 
     def __init__(self, leaf_weight: float = 0.0) -> None:
         super().__init__()
@@ -42,14 +42,16 @@ class Hierarchical(Exchange):
         return ("leaves",) if self.leaf_weight else ()
 
     def forward(
-        self, peers: Sequence[Knowledge], target: Tensor | None
-    ) -> Sequence[Ensemble | None]:
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> Sequence[TeacherOutputs | None]:
         """The last one for each other, nobody for itself."""
         last = len(peers) - 1
-        teacher = mean_of(detached(peers[-1:]), "logit", (last,))
+        teacher = TeacherOutputs.uniform(detached(peers[-1:]), "logit", (last,))
         return [*([teacher] * last), None]
 
-    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+    def extra_losses(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> dict[str, Tensor]:
         """What each leaf learns from the labels by itself."""
         if target is None or not self.leaf_weight:
             return {}
@@ -58,6 +60,6 @@ class Hierarchical(Exchange):
         each = task_cross_entropy(leaves.flatten(0, 1), labels).view(leaves.shape[:2]).sum(1)
         return {"leaves/task": self.leaf_weight * mean_over_labelled(each, target)}
 
-    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+    def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """What the last one says."""
         return peers[-1].logits.float().log_softmax(1)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_kd.exchange.base import Exchange, all_others, detached
-from lightning_kd.functional.checks import check_space
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_space
 
 
 class Mutual(Exchange):
@@ -30,7 +30,9 @@ class Mutual(Exchange):
         check_space(space)
         self.space = space
 
-    def forward(self, peers: Sequence[Knowledge], target: Tensor | None) -> list[Ensemble]:
+    def forward(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> list[TeacherOutputs]:
         """All others, equally."""
         return all_others(detached(peers), self.space)
 

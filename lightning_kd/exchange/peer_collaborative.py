@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.distributed import mean_over_labelled
 from lightning_kd.exchange.shadow import Shadowed
-from lightning_kd.functional import pooled, task_cross_entropy
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.functional import global_average_pool, task_cross_entropy
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class PeerCollaborative(Shadowed):
@@ -32,7 +32,7 @@ class PeerCollaborative(Shadowed):
         peer an augmentation of its own: ``PeerCohort(view=...)``.
     """
 
-    steps_apart = False
+    allows_sequential_update = False
 
     def __init__(self, layer: str, decay: float = 0.999) -> None:
         super().__init__()
@@ -44,39 +44,43 @@ class PeerCollaborative(Shadowed):
         """The feature layer."""
         return (self.layer,)
 
-    def build(self, peers: Sequence[Knowledge]) -> None:
+    def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Make the classifier on all peers' features."""
         super().build(peers)
         if not hasattr(self, "classify"):
-            width = sum(pooled(peer.feature(self.layer)).shape[1] for peer in peers)
+            width = sum(global_average_pool(peer.feature(self.layer)).shape[1] for peer in peers)
             self.classify = nn.Linear(width, peers[0].logits.shape[1])
 
-    def joint(self, peers: Sequence[Knowledge]) -> Tensor:
+    def joint(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """Logits of the classifier on all features, shape (B, K), with gradient."""
-        features = torch.cat([pooled(peer.feature(self.layer)) for peer in peers], 1)
+        features = torch.cat([global_average_pool(peer.feature(self.layer)) for peer in peers], 1)
         logits: Tensor = self.classify(features)
         return logits
 
-    def before(self, views: Sequence[Tensor]) -> None:
+    def before_peers(self, views: Sequence[Tensor]) -> None:
         """Ask the moving averages."""
-        self._said = self.shadow(views)
+        self._shadow_outputs = self.shadow(views)
 
     def forward(
-        self, peers: Sequence[Knowledge], target: Tensor | None
-    ) -> Sequence[Ensemble | None]:
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> Sequence[TeacherOutputs | None]:
         """The joint classifier, and the moving averages of all others."""
         self._live = self.joint(peers)
-        joint, count = Knowledge(self._live.detach()), len(peers)
+        joint, count = NetworkOutput(self._live.detach()), len(peers)
         shares = torch.full((count,), 0.5 / (count - 1), device=self._live.device)
         shares[0] = 0.5
         return [
-            Ensemble([joint, *(s for j, s in enumerate(self._said) if j != k)], shares)
+            TeacherOutputs(
+                [joint, *(s for j, s in enumerate(self._shadow_outputs) if j != k)], shares
+            )
             for k in range(count)
         ]
 
-    def terms(self, peers: Sequence[Knowledge], target: Tensor | None) -> dict[str, Tensor]:
+    def extra_losses(
+        self, peers: Sequence[NetworkOutput], target: Tensor | None
+    ) -> dict[str, Tensor]:
         """Cross-entropy of the joint classifier, with gradient to it and to all peers."""
-        logits, self._live, self._said = self._live, torch.empty(0), []
+        logits, self._live, self._shadow_outputs = self._live, torch.empty(0), []
         if target is None:
             return {"joint/task": 0.0 * logits.sum()}
         return {"joint/task": mean_over_labelled(task_cross_entropy(logits, target), target)}
@@ -87,6 +91,6 @@ class PeerCollaborative(Shadowed):
         decay = min(self.decay, 1 - 1 / (self.steps + 1))
         self.shadow.follow(peers, decay)
 
-    def answer(self, peers: Sequence[Knowledge]) -> Tensor:
+    def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
         """The joint classifier."""
         return self.joint(peers).log_softmax(1)

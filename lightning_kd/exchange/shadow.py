@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.exchange.base import Exchange
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 
 
 class Shadow(nn.Module):
@@ -17,7 +17,7 @@ class Shadow(nn.Module):
     It is part of the checkpoint, since a resumed run must go on with the same copy.
 
     Args:
-        peers: The cohort's networks; called with the images of each, it gives their ``Knowledge``.
+        peers: The cohort's networks, called with the images of each.
     """
 
     def __init__(self, peers: nn.Module) -> None:
@@ -29,10 +29,10 @@ class Shadow(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, views: Sequence[Tensor]) -> list[Knowledge]:
+    def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
         """What the copies say of images (B, C, H, W), without gradient."""
-        said: list[Knowledge] = self.peers(views)
-        return said
+        outputs: list[NetworkOutput] = self.peers(views)
+        return outputs
 
     @torch.no_grad()
     def follow(self, peers: nn.Module, decay: float = 0.0) -> None:
@@ -52,7 +52,7 @@ class Shadowed(Exchange):
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
-        self._said: list[Knowledge] = []
+        self._shadow_outputs: list[NetworkOutput] = []
 
     def attach(self, peers: nn.Module) -> None:
         """Make the shadow."""

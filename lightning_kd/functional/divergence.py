@@ -1,11 +1,13 @@
+"""How far two distributions are apart, per sample."""
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.functional.checks import check_positive, check_same_shape, check_space
 from lightning_kd.functional.precision import full_precision
+from lightning_kd.utils.checks import check_positive, check_same_shape
 
 
 def _per_sample(values: Tensor) -> Tensor:
@@ -13,20 +15,10 @@ def _per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-def labelled(target: Tensor) -> Tensor:
-    """Whether a sample has a label, shape (B,), for labels (B, ...) of which -1 is none."""
-    return (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
-
-
 def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(p || q) from log-probabilities, summed over dim 1; where p is 0 nothing is added."""
     log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)  # 0 log 0 is 0, not NaN
     return (log_p.exp() * log_ratio).sum(1)
-
-
-def hard(target: Tensor | None) -> Tensor | None:
-    """Labels (B, ...) as they are, of soft labels (B, K, ...) the likeliest; None stays None."""
-    return target.argmax(1) if target is not None and target.is_floating_point() else target
 
 
 @full_precision
@@ -74,114 +66,120 @@ def kl_divergence(
 
 
 @full_precision
-def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Mean squared difference of logits, per sample.
+def decoupled_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    target_weight: float = 1.0,
+    other_weight: float = 8.0,
+) -> Tensor:
+    r"""KL divergence split into the target class against the rest, and the rest among themselves.
 
-    .. math:: \frac{1}{K} \sum_k (z_k^S - z_k^T)^2
+    .. math:: \alpha\, KL(b^T \| b^S) + \beta\, KL(\hat p^T \| \hat p^S)
+
+    with :math:`b = (p_y, 1 - p_y)` and :math:`\hat p` the softmax without class y. All of it is
+    computed from log-probabilities, so that it is finite where ``log(1 - p)`` of the usual code is
+    not. No :math:`\tau^2` is applied.
 
     Args:
-        student: Logits, shape (B, K, ...).
-        teacher: Logits, shape (B, K, ...); detach it.
+        student: Logits, shape (B, K).
+        teacher: Logits, shape (B, K); detach them.
+        target: Labels, shape (B,); where -1 (unlabelled), the teacher's most likely class.
+        temperature: Softening of both sides, > 0.
+        target_weight: Alpha, of the target-class term.
+        other_weight: Beta, of the other-classes term.
 
     Returns:
-        Squared difference, shape (B,), averaged over classes and positions.
+        Divergence in nats, shape (B,).
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If shapes differ or the temperature is not positive.
 
     Source:
-        Ba & Caruana 2014, https://arxiv.org/abs/1312.6184, equation 1. Differs from the paper: mean
-        over classes instead of half the sum, so that the weight does not depend on K.
-
-    Example:
-        >>> logit_mse(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
-        tensor([5.])
+        Zhao et al. 2022 (DKD), https://arxiv.org/abs/2203.08679, equation 7.
     """
     check_same_shape(student, teacher, "logits")
-    return _per_sample((student - teacher).square().mean(1))
-
-
-@full_precision
-def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with the labels, per sample; 0 where the label is -1 (unlabelled).
-
-    Args:
-        logits: Shape (B, K, ...).
-        target: Labels in [0, K), or -1 for "unlabelled", shape (B, ...), int64; or soft labels,
-            probabilities of shape (B, K, ...), floating.
-        label_smoothing: Probability mass spread over all classes, in [0, 1).
-
-    Returns:
-        Cross-entropy in nats, shape (B,); dense outputs are averaged over labelled positions.
-
-    Raises:
-        ValueError: If a label is out of range (on CPU; a GPU reports it asynchronously) or the
-            shapes do not fit.
-
-    Source:
-        Standard; https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html.
-    """
-    if target.is_floating_point() and target.shape == logits.shape:
-        return _per_sample(
-            F.cross_entropy(
-                logits, target.to(logits), reduction="none", label_smoothing=label_smoothing
-            )
-        )
-    if target.is_floating_point():
-        raise ValueError(
-            f"Expected whole numbers as labels, or soft labels of shape {tuple(logits.shape)}, got "
-            f"{target.dtype} of shape {tuple(target.shape)}."
-        )
-    if target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(
-            f"Expected labels of shape {tuple(logits.shape[:1] + logits.shape[2:])} for logits of "
-            f"shape {tuple(logits.shape)}, got {tuple(target.shape)}."
-        )
-    try:
-        loss = F.cross_entropy(
-            logits, target, ignore_index=-1, reduction="none", label_smoothing=label_smoothing
-        )
-    except IndexError as error:
-        raise ValueError(
-            f"Expected labels from 0 to {logits.shape[1] - 1}, or -1 for unlabelled, got "
-            f"{int(target.min())} to {int(target.max())}. Check the network's num_classes and "
-            f"the labels of the data."
-        ) from error
-    if loss.dim() == 1:
-        return loss
-    known = (target >= 0).flatten(1).sum(1).clamp(min=1)
-    return loss.flatten(1).sum(1) / known
-
-
-@full_precision
-def combine(logits: Tensor, weights: Tensor, temperature: float, space: str) -> Tensor:
-    r"""Log-probabilities of several teachers' weighted mean answer.
-
-    In probability space :math:`\log \sum_m w_m\, \mathrm{softmax}(z_m / \tau)`, in logit space
-    :math:`\log\,\mathrm{softmax}(\sum_m w_m z_m / \tau)` (the geometric mean, which needs teachers
-    of comparable logit scale).
-
-    Args:
-        logits: Shape (M, B, K, ...), one row a teacher.
-        weights: Shape (M,) or (M, B), each column a convex combination.
-        temperature: Softening, > 0.
-        space: ``"probability"`` or ``"logit"``.
-
-    Returns:
-        Log-probabilities, shape (B, K, ...); their exponentials sum to 1 over K.
-
-    Raises:
-        ValueError: If ``space`` is neither, or the temperature is not positive.
-
-    Source:
-        Hinton et al. 2015, section 2; You et al., KDD 2017. The student's gradient of KL to the
-        probability mean equals that of the weighted mean of the KLs, so weighting lives here only.
-    """
     check_positive(temperature, "temperature")
-    check_space(space)
-    shaped = weights.to(logits).reshape(*weights.shape, *(1,) * (logits.dim() - weights.dim()))
-    if space == "logit":
-        # who counts for nothing rules nothing out: 0 times minus infinity would be NaN
-        weighted = torch.where(shaped > 0, shaped * logits, 0.0)
-        return F.log_softmax(weighted.sum(0) / temperature, dim=1)
-    return torch.logsumexp(F.log_softmax(logits / temperature, dim=2) + shaped.log(), dim=0)
+    chosen = torch.where(target < 0, teacher.argmax(1), target)[:, None]
+    away = torch.zeros_like(student, dtype=torch.bool).scatter_(1, chosen, True)
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits / temperature
+        rest = scaled.masked_fill(away, -torch.inf)
+        pair = torch.stack([scaled.gather(1, chosen)[:, 0], torch.logsumexp(rest, 1)], 1)
+        return F.log_softmax(pair, 1), F.log_softmax(rest, 1)
+
+    (pair_s, rest_s), (pair_t, rest_t) = parts(student), parts(teacher)
+    of_target, of_others = divergence(pair_s, pair_t), divergence(rest_s, rest_t)
+    return target_weight * of_target + other_weight * of_others
+
+
+@full_precision
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    r"""Jensen-Shannon divergence of two distributions in nats, in [0, log 2].
+
+    Args:
+        p: Probabilities, shape (D,).
+        q: Probabilities, shape (D,).
+
+    Source:
+        Lin 1991; Ruder et al. 2017, https://arxiv.org/abs/1702.02052, section 3.2.
+    """
+    mean = (p + q) / 2
+
+    def against_mean(r: Tensor) -> Tensor:
+        return (r * (r.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log())).sum(-1)
+
+    return (against_mean(p) + against_mean(q)) / 2
+
+
+@full_precision
+def jensen_shannon_of_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon divergence of softened answers (B, K), per sample (B,), in [0, log 2].
+
+    Source:
+        Yin et al. 2020 (DeepInversion), https://arxiv.org/abs/1912.08795, adaptive term.
+    """
+    check_same_shape(student, teacher, "logits")
+    return jensen_shannon((student / temperature).softmax(1), (teacher / temperature).softmax(1))
+
+
+@full_precision
+def renyi(p: Tensor, q: Tensor, alpha: float = 0.99) -> Tensor:
+    r"""Renyi divergence of order alpha in nats.
+
+    .. math:: \frac{1}{\alpha - 1} \log \sum_i p_i^\alpha q_i^{1 - \alpha}
+
+    Args:
+        p: Probabilities, shape (D,).
+        q: Probabilities, shape (D,).
+        alpha: Order, > 0 and not 1.
+
+    Source:
+        Renyi 1961; Ruder et al. 2017, https://arxiv.org/abs/1702.02052, section 3.2.
+    """
+    return (p.pow(alpha) * q.pow(1 - alpha)).sum().log() / (alpha - 1)
+
+
+@full_precision
+def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
+    r"""Squared distance of two samples' mean embeddings under a Gaussian kernel.
+
+    .. math:: \overline{k(s, s')} + \overline{k(t, t')} - 2\, \overline{k(s, t)}
+
+    Args:
+        source: Features, shape (N, D).
+        target: Features, shape (M, D).
+
+    Returns:
+        A scalar >= 0. The kernel's squared width is the median squared distance of all pairs.
+
+    Source:
+        Gretton et al. 2012, "A Kernel Two-Sample Test", equation 5 (biased, hence never negative).
+    """
+    both = torch.cat([source, target])
+    squared = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
+    n = len(source)
+    kernel = torch.exp(-squared / squared.median().clamp(min=1e-30))
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()

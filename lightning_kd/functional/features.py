@@ -1,10 +1,12 @@
+"""How far two feature tensors are apart, per sample."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.functional.checks import check_same_shape
 from lightning_kd.functional.precision import full_precision
+from lightning_kd.utils.checks import check_same_shape
 
 
 @full_precision
@@ -158,7 +160,7 @@ def same_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def pooled(features: Tensor) -> Tensor:
+def global_average_pool(features: Tensor) -> Tensor:
     """Mean over positions: maps (B, C, H, W) and token sequences (B, N, C) become (B, C)."""
     if features.dim() == 4:
         return features.mean((2, 3))

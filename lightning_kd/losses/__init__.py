@@ -1,7 +1,7 @@
 """What is transferred."""
 
 from lightning_kd.losses.attention_transfer import AttentionTransfer
-from lightning_kd.losses.base import DistillationLoss, LayerLoss
+from lightning_kd.losses.base import DistillationLoss, LayerLoss, losses_by_name
 from lightning_kd.losses.confident_hint import ConfidentHint
 from lightning_kd.losses.decoupled_kl import DecoupledKL
 from lightning_kd.losses.feed import FEED
@@ -39,4 +39,5 @@ __all__ = [
     "Relational",
     "SoftTarget",
     "SubsetTarget",
+    "losses_by_name",
 ]

@@ -1,21 +1,34 @@
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lightning_kd.adapters import LayerPair
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.features import LayerPair
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.naming import keyed_by_name, snake_case
+
+StudentLike: TypeAlias = Tensor | NetworkOutput
+TeachersLike: TypeAlias = Tensor | NetworkOutput | Sequence[Tensor | NetworkOutput] | TeacherOutputs
 
 
 class DistillationLoss(nn.Module, ABC):
     """What is transferred. Subclass it, give ``forward``, and name it by ``class_path``.
 
+    Call it as ``loss(student, teachers, target)``, with tensors (what the student and each teacher
+    say: logits, or for a ``LayerLoss`` features), or with ``NetworkOutput`` and ``TeacherOutputs``,
+    which is what ``forward`` always gets. Several teachers given as a list count the same.
+
     Args:
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total; applied by ``Distillation``, not here.
+
+    Example:
+        >>> import torch
+        >>> from lightning_kd.losses import SoftTarget
+        >>> SoftTarget(temperature=4.0)(torch.zeros(2, 3), torch.zeros(2, 3))
+        tensor(0.)
     """
 
     weight: float
@@ -25,16 +38,25 @@ class DistillationLoss(nn.Module, ABC):
     reads_logits = True
     #: whether a constant added to all of a teacher's logits counts
     reads_scale = False
-    #: whether something flows into the student's own forward pass, by ``attach`` and ``before``
+    #: whether something flows into the student's forward pass, by ``attach``, ``before_student``
     changes_student = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
+        self._sized = False
+
+    def __call__(
+        self, student: StudentLike, teachers: TeachersLike, target: Tensor | None = None
+    ) -> Any:
+        """Unweighted loss of one batch, a scalar; see ``forward``."""
+        if not (isinstance(student, NetworkOutput) and isinstance(teachers, TeacherOutputs)):
+            student, teachers = self._read(student, teachers)
+        return super().__call__(student, teachers, target)
 
     @property
     def name(self) -> str:
-        """Key of this term in the log: the class name in snake case."""
+        """Key of this loss in the log where the user gives none: the class name in snake case."""
         return snake_case(self)
 
     def student_layers(self) -> Sequence[str]:
@@ -45,7 +67,7 @@ class DistillationLoss(nn.Module, ABC):
         """Layers of teacher ``index`` whose outputs this loss reads."""
         return ()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Size adapters from a dry run; called once, before the optimizer is made."""
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
@@ -54,11 +76,13 @@ class DistillationLoss(nn.Module, ABC):
         Do not register a teacher: it would be trained and saved.
         """
 
-    def before(self, teachers: Sequence[Knowledge], indices: Sequence[int]) -> None:
-        """See what the teachers of these indices said, before the student runs."""
+    def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
+        """See the outputs of the teachers of these indices before the student runs."""
 
     @abstractmethod
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Compute the unweighted loss of one batch.
 
         Args:
@@ -70,6 +94,41 @@ class DistillationLoss(nn.Module, ABC):
             A scalar.
         """
 
+    # ------------------------------------------------------------------ tensors as arguments
+
+    def _read(
+        self, student: StudentLike, teachers: TeachersLike
+    ) -> tuple[NetworkOutput, TeacherOutputs]:
+        """Student and teachers as ``forward`` takes them; adapters are sized at the first call."""
+        if isinstance(student, Tensor):
+            student = self._from_tensor(student, self.student_layers())
+        if not isinstance(teachers, TeacherOutputs):
+            given = [teachers] if isinstance(teachers, (Tensor, NetworkOutput)) else teachers
+            outputs = [
+                self._from_tensor(t, self.teacher_layers(m)) if isinstance(t, Tensor) else t
+                for m, t in enumerate(given)
+            ]
+            if not outputs or not all(isinstance(output, NetworkOutput) for output in outputs):
+                kinds = [type(output).__name__ for output in outputs] or "none"
+                raise TypeError(
+                    f"Expected one or more teachers as tensors or NetworkOutput, got {kinds}."
+                )
+            teachers = TeacherOutputs.uniform([output.detach() for output in outputs])
+        if not self._sized:
+            self.build(student, teachers.outputs)
+            self.to(student.logits.device)
+            self._sized = True
+        return student, teachers
+
+    def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
+        if layers or type(self).attach is not DistillationLoss.attach:
+            raise TypeError(
+                f"Expected NetworkOutput(logits, features) of student and teachers with "
+                f"{type(self).__name__}, which reads more than one tensor of a network or reaches "
+                f"into it, got a tensor: use it inside Distillation."
+            )
+        return NetworkOutput(values)
+
 
 class LayerLoss(LayerPair, DistillationLoss):
     """A loss between one layer of the student and one of each teacher.
@@ -80,7 +139,7 @@ class LayerLoss(LayerPair, DistillationLoss):
     Args:
         student_layer: Dotted name of a student layer.
         teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total.
     """
 
     reads_logits = False
@@ -96,49 +155,56 @@ class LayerLoss(LayerPair, DistillationLoss):
         """Distance of student features (B, ...) to teacher ``index``'s: per sample (B,), or 0-d."""
         raise NotImplementedError(f"{type(self).__name__} gives neither compare nor forward.")
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Weighted mean of ``compare`` over the teachers; see ``DistillationLoss.forward``."""
         feature = self.student_feature(student)
         return teachers.average(
             [
                 self.compare(feature, self.teacher_feature(m, teacher), m)
-                for m, teacher in zip(teachers.indices, teachers.members, strict=True)
+                for m, teacher in zip(teachers.indices, teachers.outputs, strict=True)
             ]
         )
 
+    def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
+        if self.reads_logits or type(self).attach is not DistillationLoss.attach:
+            return super()._from_tensor(values, layers)
+        empty = values.new_empty(len(values), 0)  # nobody reads them
+        return NetworkOutput(empty, dict.fromkeys(layers, values))
 
-def by_name(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
-    """Key each loss by its name in the log; equal names are numbered.
+
+def losses_by_name(
+    losses: Mapping[str, DistillationLoss] | Sequence[DistillationLoss],
+) -> dict[str, DistillationLoss]:
+    """Key each loss by its name in the log: the user's, or its class's, numbered where equal.
 
     Raises:
-        ValueError: If a name is one that the log needs for something else.
+        TypeError: If ``losses`` is neither a list nor a mapping, or holds something else.
+        ValueError: If a name is one that the log needs for something else, or no plain word.
     """
-    for loss in losses:
-        if loss.name in ("loss", "task", "gate"):
+    if not isinstance(losses, (list, tuple, Mapping, nn.ModuleList)):
+        raise TypeError(
+            f"Expected a list of losses, or a mapping of names to losses, got "
+            f"{type(losses).__name__}."
+        )
+    given: list[Any] = list(losses.values() if isinstance(losses, Mapping) else losses)
+    for loss in given:
+        if not isinstance(loss, DistillationLoss):
+            raise TypeError(f"Expected losses of type DistillationLoss, got {type(loss).__name__}.")
+    found = dict(losses) if isinstance(losses, Mapping) else keyed_by_name(given)
+    for name, loss in found.items():
+        if name in ("loss", "task", "gate", "output"):
             raise ValueError(
-                f"Expected a loss whose name is not `loss`, `task` or `gate`, which are taken in "
-                f"the log, got {type(loss).__name__}: rename the class."
+                f"Expected a loss whose name is not `loss`, `task`, `gate` or `output`, which are "
+                f"taken in the log, got {name!r} for {type(loss).__name__}: choose another name."
             )
-    return numbered(losses)
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"Expected a name made of letters, digits and _ that no mapping uses for itself, "
+                f"got {name!r} for {type(loss).__name__}: choose another name."
+            )
+    return found
 
 
-T = TypeVar("T", bound=nn.Module)
-
-
-def numbered(parts: Sequence[T]) -> dict[str, T]:
-    """Key each part by its ``name``; equal names are numbered."""
-    named: dict[str, T] = {}
-    for part in parts:
-        count, key = 1, str(part.name)
-        while key in named:
-            count += 1
-            key = f"{part.name}_{count}"
-        named[key] = part
-    return named
-
-
-def snake_case(part: object) -> str:
-    """The name of its class, as keys in the log are written."""
-    return re.sub(
-        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__
-    ).lower()
+__all__ = ["DistillationLoss", "LayerLoss", "losses_by_name"]

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.adapters import find_layer
-from lightning_kd.functional import confidence_weights, hint_distance, pooled
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.features import find_layer
+from lightning_kd.functional import confidence_weights, global_average_pool, hint_distance
 from lightning_kd.losses.hint import Hint
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class ConfidentHint(Hint):
@@ -56,15 +56,17 @@ class ConfidentHint(Hint):
         found = (find_layer(teacher, name) for teacher, name in zip(teachers, names, strict=True))
         self._classifiers = _Lent(found)
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         feature = self.student_feature(student)
         distances, logits = [], []
-        for m, teacher in zip(teachers.indices, teachers.members, strict=True):
+        for m, teacher in zip(teachers.indices, teachers.outputs, strict=True):
             adapted = self.projections[m](feature)
             distances.append(hint_distance(adapted, self.teacher_feature(m, teacher), self.power))
             with torch.no_grad():
-                logits.append(self._classifiers[m](pooled(adapted)))
+                logits.append(self._classifiers[m](global_average_pool(adapted)))
         if target is None:
             target = torch.full((len(feature),), -1, device=feature.device)
         weights = confidence_weights(torch.stack(logits), target)

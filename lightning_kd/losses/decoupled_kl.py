@@ -3,9 +3,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_kd.functional import decoupled_kl
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import DistillationLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class DecoupledKL(DistillationLoss):
@@ -42,7 +42,9 @@ class DecoupledKL(DistillationLoss):
         self.temperature = temperature
         self.target_weight, self.other_weight = target_weight, other_weight
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         # log-probabilities at temperature T, times T, are logits that give them back at T
         answer = teachers.log_probabilities(self.temperature) * self.temperature

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.adapters import Projection
+from lightning_kd.features import Projection
 from lightning_kd.functional import unit_distance
-from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.outputs import NetworkOutput
 
 
 class FEED(LayerLoss):
@@ -39,7 +39,7 @@ class FEED(LayerLoss):
         self.depth = depth
         self.transforms = nn.ModuleList()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make one transform for each teacher."""
         if not self.transforms:
             shape = self.student_feature(student).shape

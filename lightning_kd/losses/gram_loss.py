@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_kd.distributed import sum_over_ranks, world_size
 from lightning_kd.functional import (
     log_euclidean_distance,
     similarity_distance,
     simplex_projection,
     task_cross_entropy,
 )
-from lightning_kd.functional.precision import Float32State
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import LayerLoss
-from lightning_kd.ranks import sum_over_ranks, world_size
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.float32_state import Float32State
 
 Metric = Literal["similarity_preserving", "log_euclidean"]
 
@@ -66,7 +66,7 @@ class GramLoss(Float32State, LayerLoss):
         self.metric, self.epsilon = metric, epsilon
         self.learn_weights, self.learning_rate = learn_weights, learning_rate
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Start from equal trust."""
         if self.learn_weights and not hasattr(self, "trust"):
             count = len(teachers)
@@ -78,14 +78,16 @@ class GramLoss(Float32State, LayerLoss):
             return log_euclidean_distance(student, teacher, self.epsilon)
         return similarity_distance(student, teacher)
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         if not self.learn_weights:
             return super().forward(student, teachers, target)
         feature = self.student_feature(student)
         values = [
             self.compare(feature, self.teacher_feature(m, teacher), m)
-            for m, teacher in zip(teachers.indices, teachers.members, strict=True)
+            for m, teacher in zip(teachers.indices, teachers.outputs, strict=True)
         ]
         if target is not None and feature.requires_grad:
             self._learn(student, feature, values, teachers.indices, target)
@@ -95,7 +97,7 @@ class GramLoss(Float32State, LayerLoss):
 
     def _learn(
         self,
-        student: Knowledge,
+        student: NetworkOutput,
         feature: Tensor,
         values: Sequence[Tensor],
         indices: Sequence[int],

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional import kl_divergence, pooled
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.functional.precision import full_precision
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.functional import full_precision, global_average_pool, kl_divergence
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class GraphDistillation(LayerLoss):
@@ -73,13 +72,13 @@ class GraphDistillation(LayerLoss):
         self.projections = nn.ModuleList()
         self.scorers = nn.ModuleList()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make a projection and a scorer for each teacher."""
         if self.projections:
             return
-        mine = pooled(self.student_feature(student)).shape[1]
+        mine = global_average_pool(self.student_feature(student)).shape[1]
         for m, teacher in enumerate(teachers):
-            width = pooled(self.teacher_feature(m, teacher)).shape[1]
+            width = global_average_pool(self.teacher_feature(m, teacher)).shape[1]
             self.projections.append(nn.Linear(mine, width))
             inputs = width + teacher.logits.shape[1] if self.edges == "sample" else 1
             hidden = [nn.Linear(inputs, 32), nn.ReLU()] if self.edges == "sample" else []
@@ -88,12 +87,14 @@ class GraphDistillation(LayerLoss):
             nn.init.zeros_(last.bias)
             self.scorers.append(nn.Sequential(*hidden, last))
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
-        mine = pooled(self.student_feature(student))
+        mine = global_average_pool(self.student_feature(student))
         scores, values = [], []
-        for m, teacher in zip(teachers.indices, teachers.members, strict=True):
-            theirs = pooled(self.teacher_feature(m, teacher))
+        for m, teacher in zip(teachers.indices, teachers.outputs, strict=True):
+            theirs = global_average_pool(self.teacher_feature(m, teacher))
             scorer = self.scorers[m]
             kind = next(scorer.parameters()).dtype
             seen = theirs.new_ones(len(theirs), 1, dtype=kind)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_kd.functional import kl_divergence
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import DistillationLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class HeadTarget(DistillationLoss):
@@ -42,7 +42,7 @@ class HeadTarget(DistillationLoss):
         """The heads."""
         return [f"branches.{m}" for m in range(self.heads)]
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """See that every teacher has a head."""
         if len(teachers) != self.heads:
             raise ValueError(
@@ -58,12 +58,14 @@ class HeadTarget(DistillationLoss):
                 f"Expected a student of {self.heads} branches, got {len(branches)}: set heads."
             )
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         t = self.temperature
         return t**2 * teachers.average(
             [
                 kl_divergence(student.feature(f"branches.{m}"), said.logits, t, t)
-                for m, said in zip(teachers.indices, teachers.members, strict=True)
+                for m, said in zip(teachers.indices, teachers.outputs, strict=True)
             ]
         )

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.adapters import Projection
+from lightning_kd.features import Projection
 from lightning_kd.functional import hint_distance
-from lightning_kd.knowledge import Knowledge
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.outputs import NetworkOutput
 
 
 class Hint(LayerLoss):
@@ -42,7 +42,7 @@ class Hint(LayerLoss):
         self.adapter = adapter
         self.projections = nn.ModuleList()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make one projection for each teacher."""
         if self.adapter and not self.projections:
             shape = student.feature(self.student_layer).shape

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_kd.adapters import Projection, find_layer
-from lightning_kd.functional.precision import full_precision
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.features import Projection, find_layer
+from lightning_kd.functional import full_precision
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class KnowledgeFlow(LayerLoss):
@@ -41,14 +41,14 @@ class KnowledgeFlow(LayerLoss):
         super().__init__(student_layer, teacher_layer, weight)
         self.projections = nn.ModuleList()
         self._handle: RemovableHandle | None = None
-        self._flow: tuple[Sequence[Knowledge], Sequence[int]] | None = None
+        self._flow: tuple[Sequence[NetworkOutput], Sequence[int]] | None = None
 
     @property
     def independence(self) -> Tensor:
         """Share of the student's own feature in what its layer says, in (0, 1)."""
         return self.scores.softmax(0)[0]
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make a projection from each teacher, and the scores."""
         if not self.projections:
             shape = self.student_feature(student).shape
@@ -63,7 +63,7 @@ class KnowledgeFlow(LayerLoss):
         layer = find_layer(student, self.student_layer)
         self._handle = layer.register_forward_hook(_Inflow(self))
 
-    def before(self, teachers: Sequence[Knowledge], indices: Sequence[int]) -> None:
+    def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
         """Let these teachers flow into the next forward pass."""
         self._flow = (teachers, indices)
 
@@ -79,7 +79,9 @@ class KnowledgeFlow(LayerLoss):
             )
         return mixed
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Dependency on the teachers, a scalar >= 0."""
         self._flow = None
         return -_shares(self.scores, teachers.indices)[0].log()

@@ -3,8 +3,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_kd.functional import logit_mse
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import DistillationLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class LogitMSE(DistillationLoss):
@@ -20,6 +20,8 @@ class LogitMSE(DistillationLoss):
     takes_unknown_classes = False
     reads_scale = True
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
-        return teachers.average([logit_mse(student.logits, t.logits) for t in teachers.members])
+        return teachers.average([logit_mse(student.logits, t.logits) for t in teachers.outputs])

@@ -5,8 +5,8 @@ import dataclasses
 from torch import Tensor
 
 from lightning_kd.functional import standardize
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.soft_target import SoftTarget
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class LogitStandardization(SoftTarget):
@@ -34,11 +34,13 @@ class LogitStandardization(SoftTarget):
     ) -> None:
         super().__init__(temperature, temperature_squared=temperature_squared, weight=weight)
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
-        members = [Knowledge(standardize(member.logits)) for member in teachers.members]
+        outputs = [NetworkOutput(standardize(output.logits)) for output in teachers.outputs]
         return super().forward(
-            Knowledge(standardize(student.logits)),
-            dataclasses.replace(teachers, members=members),
+            NetworkOutput(standardize(student.logits)),
+            dataclasses.replace(teachers, outputs=outputs),
             target,
         )

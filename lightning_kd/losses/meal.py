@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional import kl_divergence, pooled
-from lightning_kd.functional.precision import full_precision
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.functional import full_precision, global_average_pool, kl_divergence
 from lightning_kd.losses.base import LayerLoss
+from lightning_kd.outputs import NetworkOutput
 
 
 class _Reverse(torch.autograd.Function):
@@ -63,13 +62,13 @@ class MEAL(LayerLoss):
         self.projections = nn.ModuleList()
         self.discriminators = nn.ModuleList()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make a projection and a discriminator for each teacher."""
         if self.discriminators:
             return
-        mine = pooled(self.student_feature(student)).shape[1]
+        mine = global_average_pool(self.student_feature(student)).shape[1]
         for m, teacher in enumerate(teachers):
-            width = pooled(self.teacher_feature(m, teacher)).shape[1]
+            width = global_average_pool(self.teacher_feature(m, teacher)).shape[1]
             self.projections.append(nn.Linear(mine, width))
             self.discriminators.append(
                 nn.Sequential(
@@ -80,7 +79,10 @@ class MEAL(LayerLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
         """Per sample, shape (B,)."""
-        mapped, theirs = self.projections[index](pooled(student)), pooled(teacher)
+        mapped, theirs = (
+            self.projections[index](global_average_pool(student)),
+            global_average_pool(teacher),
+        )
         fake = self.discriminators[index](_Reverse.apply(mapped))
         real = self.discriminators[index](theirs)
         similarity = kl_divergence(mapped, theirs)

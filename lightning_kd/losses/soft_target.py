@@ -3,9 +3,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_kd.functional import kl_divergence
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import DistillationLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class SoftTarget(DistillationLoss):
@@ -52,7 +52,9 @@ class SoftTarget(DistillationLoss):
         self.teacher_temperature = teacher_temperature
         self.temperature_squared = temperature_squared
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         hot = self.temperature if self.student_temperature is None else self.student_temperature
         cold = self.temperature if self.teacher_temperature is None else self.teacher_temperature

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from lightning_kd.functional import kl_divergence
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses.base import DistillationLoss
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_positive
 
 
 class SubsetTarget(DistillationLoss):
@@ -46,10 +46,12 @@ class SubsetTarget(DistillationLoss):
         self.temperature_squared = temperature_squared
         self.own_samples = own_samples
 
-    def forward(self, student: Knowledge, teachers: Ensemble, target: Tensor | None) -> Tensor:
+    def forward(
+        self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
+    ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
         values = []
-        for teacher in teachers.members:
+        for teacher in teachers.outputs:
             unknown = teacher.logits == -torch.inf
             divergence = kl_divergence(
                 student.logits.masked_fill(unknown, -torch.inf),

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.functional import combine
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.functional import combine_teachers
 from lightning_kd.models.views import Plain, View, back, check_views, looks
+from lightning_kd.outputs import NetworkOutput
 
 
 class Averaged(nn.Module):
@@ -40,8 +40,8 @@ class Averaged(nn.Module):
         said = []
         for alike, images in looks(views, x):
             for network in self.networks:
-                parts = Knowledge.of(network(images)).logits.chunk(len(alike))
+                parts = NetworkOutput.read(network(images)).logits.chunk(len(alike))
                 said += [back(views[k], part, x) for k, part in zip(alike, parts, strict=True)]
         logits = torch.stack(said)
         uniform = logits.new_full((len(said),), 1 / len(said), dtype=torch.float32)
-        return combine(logits, uniform, 1.0, "probability")
+        return combine_teachers(logits, uniform, 1.0, "probability")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.functional.checks import check_positive
+from lightning_kd.utils.checks import check_positive
 
 
 class ImageGenerator(nn.Module):

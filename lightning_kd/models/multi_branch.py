@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_kd.adapters import find_layer, modes_kept
+from lightning_kd.features import find_layer, modes_kept
 from lightning_kd.models.branching import Branching
 
 

@@ -153,9 +153,9 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     prefixes = {""}
     for key in state:
         parts = key.split(".")
-        prefixes.update(".".join(parts[:n]) + "." for n in range(1, min(len(parts), 4)))
-    # `student.` wins over an equally good one: a checkpoint may hold several copies of a network
-    best = max(sorted(prefixes), key=lambda p: (hits(p), p == "student.", -len(p)))
+        prefixes.update(".".join(parts[:n]) + "." for n in range(1, min(len(parts), 6)))
+    # the student wins over an equally good one: a checkpoint may hold several copies of a network
+    best = max(sorted(prefixes), key=lambda p: (hits(p), p.endswith("student."), -len(p)))
     state = {k.removeprefix(best): v for k, v in state.items() if k.startswith(best)}
     # old files lack this counter, which only cumulative BatchNorm averages read
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]

@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional.checks import check_positive
+from lightning_kd.utils.checks import check_positive
 
 Shortcut = Literal["pad", "projection"]
 

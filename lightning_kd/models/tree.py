@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.adapters import find_layer
+from lightning_kd.features import find_layer
 from lightning_kd.models.branching import Branching
 from lightning_kd.models.multi_branch import fresh, split_at
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional.checks import check_positive
+from lightning_kd.utils.checks import check_positive
 
 
 class WideBlock(nn.Module):

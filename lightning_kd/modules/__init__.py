@@ -3,7 +3,6 @@
 from lightning_kd.modules.base import Distiller
 from lightning_kd.modules.data_free import DataFree
 from lightning_kd.modules.multi_teacher import MultiTeacher
-from lightning_kd.modules.one_student import OneStudent
 from lightning_kd.modules.peer_cohort import PeerCohort
 from lightning_kd.modules.sub_teacher import SubTeacher
 from lightning_kd.modules.supervised import Supervised
@@ -12,7 +11,6 @@ __all__ = [
     "DataFree",
     "Distiller",
     "MultiTeacher",
-    "OneStudent",
     "PeerCohort",
     "SubTeacher",
     "Supervised",

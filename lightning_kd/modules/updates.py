@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_kd.cohort import Cohort
 from lightning_kd.exchange import Adversarial
-from lightning_kd.functional import hard
-from lightning_kd.modules.peers import frozen_statistics
+from lightning_kd.peers import frozen_statistics
 
-if TYPE_CHECKING:
-    from lightning_kd.modules.peer_cohort import PeerCohort
+#: backward through the sum of some losses and a step of an optimizer, on these peers
+Step = Callable[[Any, dict[str, Tensor], Iterable[nn.Module]], None]
 
 
-def one_after_the_other(
-    cohort: PeerCohort, optimizer: Any, x: Tensor, target: Tensor | None
+def sequential_update(
+    cohort: Cohort, optimizer: Any, step: Step, x: Tensor, target: Tensor | None
 ) -> dict[str, Tensor]:
-    """Step every peer by itself; those behind it learn from its new answer."""
-    views = cohort.look(x)
-    cohort.exchange.before(views)
-    lessons = cohort.lessons.ask(views)
+    """Step every peer by itself; those after it learn from its new output."""
+    views = cohort.peer_inputs(x)
+    teachers = cohort.before_peers(views)
     peers = cohort.peers(views)
-    terms: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
     for k in range(len(peers)):
-        teachers = cohort.exchange(peers, hard(target))[k]
-        mine = cohort.terms_of(k, peers[k], teachers, target, lessons[k])
-        cohort.advance(optimizer, mine, [cohort.peers.networks[k]], cohort.clip_norm)
-        terms |= mine
+        taught = cohort.exchange(peers, cohort.task.hard_target(target))[k]
+        own = cohort.peer_losses(k, peers[k], taught, target, teachers[k])
+        step(optimizer, own, [cohort.peers.networks[k]])
+        losses |= own
         if k + 1 < len(peers):
             peers[k] = cohort.peers.refresh(k, views[k])
-    return terms
+    return losses
 
 
-def play(
-    cohort: PeerCohort, optimizers: Sequence[Any], x: Tensor, target: Tensor | None
+def alternating_update(
+    cohort: Cohort, optimizers: Sequence[Any], step: Step, x: Tensor, target: Tensor | None
 ) -> dict[str, Tensor]:
     """Step all peers together, then let them and the discriminators play on the same batch."""
     learner, player, judge = optimizers
-    terms = cohort.step(x, target)
-    cohort.advance(learner, terms, cohort.peers.networks, cohort.clip_norm)
+    losses, _ = cohort.losses_and_output(x, target)
+    step(learner, losses, cohort.peers.networks)
     with frozen_statistics(cohort.peers):  # a second look at the same batch
-        peers = cohort.peers(cohort.look(x))
-    fooled, told = cohort.exchange.fool(peers), cohort.exchange.tell_apart(peers)
-    cohort.advance(player, fooled, cohort.peers.networks, cohort.clip_norm)
-    cohort.advance(judge, told)
-    return terms | fooled | told
+        peers = cohort.peers(cohort.peer_inputs(x))
+    exchange = cohort.exchange
+    fooling, judging = exchange.adversarial_losses(peers), exchange.discriminator_losses(peers)
+    step(player, fooling, cohort.peers.networks)
+    step(judge, judging, ())
+    return losses | fooling | judging
 
 
-def players(cohort: PeerCohort) -> list[torch.optim.Optimizer]:
+def game_optimizers(cohort: Cohort) -> list[torch.optim.Optimizer]:
     """Optimizers of a game: of the peers with what shapes their features, of discriminators."""
     exchange = cohort.exchange
     assert isinstance(exchange, Adversarial)

@@ -1,5 +1,6 @@
-"""Frozen networks, and several answers of one."""
+"""Frozen networks, and several outputs of one."""
 
+from lightning_kd.teachers.ensemble import SubTeacherEnsemble, TeacherEnsemble
 from lightning_kd.teachers.multi_view import MultiView
 from lightning_kd.teachers.noisy_teacher import NoisyTeacher
 from lightning_kd.teachers.snapshot import Snapshot
@@ -13,7 +14,9 @@ __all__ = [
     "NoisyTeacher",
     "Snapshot",
     "StochasticDepth",
+    "SubTeacherEnsemble",
     "SubTeachers",
     "Teacher",
     "TeacherCache",
+    "TeacherEnsemble",
 ]

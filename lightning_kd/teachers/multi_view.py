@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.knowledge import Knowledge
 from lightning_kd.models import View
 from lightning_kd.models.views import back, check_views, looks
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
@@ -35,18 +35,18 @@ class MultiView(SubTeachers):
         super().__init__(len(views))
         self.views = nn.ModuleList(views)
 
-    def ask(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
-    ) -> list[Knowledge]:
-        """See ``SubTeachers.ask``."""
+    def outputs(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
+    ) -> list[NetworkOutput]:
+        """See ``SubTeachers.outputs``."""
         views = [view for index in indices if isinstance(view := self.views[index], View)]
-        found: dict[int, Knowledge] = {}
+        found: dict[int, NetworkOutput] = {}
         for alike, images in looks(views, x):
-            said = teacher(images, logits)
-            parts = said.logits.chunk(len(alike)) if logits else [said.logits] * len(alike)
-            features = {n: v.chunk(len(alike)) for n, v in said.features.items()}
+            output = teacher(images, need_logits)
+            parts = output.logits.chunk(len(alike)) if need_logits else [output.logits] * len(alike)
+            features = {n: v.chunk(len(alike)) for n, v in output.features.items()}
             for k, place in enumerate(alike):
                 view = views[place]
                 mapped = {n: back(view, values[k], x) for n, values in features.items()}
-                found[place] = Knowledge(back(view, parts[k], x), mapped)
+                found[place] = NetworkOutput(back(view, parts[k], x), mapped)
         return [found[place] for place in range(len(views))]

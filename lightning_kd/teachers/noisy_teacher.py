@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.functional.seeds import seeded
-from lightning_kd.knowledge import Knowledge
-from lightning_kd.ranks import rank, world_size
+from lightning_kd.distributed import rank, world_size
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.seeds import seeded
 
 
 class NoisyTeacher(SubTeachers):
@@ -47,17 +47,17 @@ class NoisyTeacher(SubTeachers):
             )
         self.probability, self.sigma = probability, sigma
 
-    def ask(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
-    ) -> list[Knowledge]:
-        """See ``SubTeachers.ask``."""
-        said = teacher(x, logits)
-        if not self.training or not logits:
-            return [said] * len(indices)
+    def outputs(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
+    ) -> list[NetworkOutput]:
+        """See ``SubTeachers.outputs``."""
+        output = teacher(x, need_logits)
+        if not self.training or not need_logits:
+            return [output] * len(indices)
         found = []
         for index in indices:
             random = seeded(seed, index, device=x.device)
-            found.append(Knowledge(self.disturb(said.logits, random), said.features))
+            found.append(NetworkOutput(self.disturb(output.logits, random), output.features))
         return found
 
     def disturb(self, logits: Tensor, random: torch.Generator) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_kd.knowledge import Knowledge
 from lightning_kd.models import pretrained
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
@@ -43,15 +43,15 @@ class Snapshot(SubTeachers):
                 self.others.append(Teacher(network.to(x), known, teacher.num_classes))
         for other in self.others:
             assert isinstance(other, Teacher)
-            other.listen(layers)
+            other.record_layers(layers)
 
     def networks(self, teacher: Teacher) -> list[nn.Module]:
         """Each has its own."""
         return [each.network for each in (teacher, *self.others) if isinstance(each, Teacher)]
 
-    def ask(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
-    ) -> list[Knowledge]:
-        """See ``SubTeachers.ask``."""
+    def outputs(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
+    ) -> list[NetworkOutput]:
+        """See ``SubTeachers.outputs``."""
         everyone = (teacher, *self.others)
-        return [everyone[index](x, logits) for index in indices]
+        return [everyone[index](x, need_logits) for index in indices]

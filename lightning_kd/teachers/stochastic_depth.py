@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.adapters import find_layer
-from lightning_kd.adapters.paths import Branches, Paths
-from lightning_kd.functional.seeds import seeded
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.features import find_layer
+from lightning_kd.features.paths import Branches, Paths
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.seeds import seeded
 
 
 class StochasticDepth(SubTeachers):
@@ -35,7 +35,7 @@ class StochasticDepth(SubTeachers):
 
     Raises:
         ValueError: If a number is out of range, a block does not exist or changes the shape, or a
-            layer that is listened to lies inside a block.
+            layer that is recorded lies inside a block.
 
     Source:
         Lee et al. 2020, "Stochasticity and skip connections improve knowledge transfer", EUSIPCO;
@@ -99,7 +99,7 @@ class StochasticDepth(SubTeachers):
             yield
 
     def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
-        """Find the teacher's blocks, and see that nobody listens inside one."""
+        """Find the teacher's blocks, and refuse layers inside one."""
         self.prepare(teacher.network, x[:1])
         inside = {
             part: name
@@ -111,22 +111,22 @@ class StochasticDepth(SubTeachers):
             if part in inside:
                 raise ValueError(
                     f"Expected layers that run on every path, got {layer!r} inside block "
-                    f"{inside[part]!r}, which may be left out: listen to the block itself."
+                    f"{inside[part]!r}, which may be left out: record the block itself."
                 )
 
-    def ask(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
-    ) -> list[Knowledge]:
-        """See ``SubTeachers.ask``."""
+    def outputs(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
+    ) -> list[NetworkOutput]:
+        """See ``SubTeachers.outputs``."""
         kept = self.draw(self.count, seed)
         with (
             self.on([kept[index] for index in indices]) as branches,
             branches.watched(self._layers),
         ):
-            said = teacher(x, logits)
-        answers = branches.of(said.logits) if logits else [said.logits] * len(indices)
-        features = {n: branches.of(said.feature(n), branches.seen[n]) for n in self._layers}
+            output = teacher(x, need_logits)
+        answers = branches.of(output.logits) if need_logits else [output.logits] * len(indices)
+        features = {n: branches.of(output.feature(n), branches.seen[n]) for n in self._layers}
         return [
-            Knowledge(answer, {name: values[k] for name, values in features.items()})
+            NetworkOutput(answer, {name: values[k] for name, values in features.items()})
             for k, answer in enumerate(answers)
         ]

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_kd.functional.seeds import mixed_seed
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.seeds import mixed_seed
 
 
 class SubTeachers(nn.Module, ABC):
-    """Several answers of one teacher. Subclass it and give ``ask``.
+    """Several answers of one teacher. Subclass it and give ``outputs``.
 
-    Random numbers depend on the seed and on how often was asked in training, both kept in
+    Random numbers depend on the seed and on how many batches were seen in training, both kept in
     checkpoints, so that a resumed run goes on as if it had never stopped.
 
     Args:
@@ -32,32 +32,32 @@ class SubTeachers(nn.Module, ABC):
         self.count, self.seed, self.times = count, seed, 0
 
     def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
-        """Look at the teacher, of which these layers are listened to, and at one image; once."""
+        """Look at the teacher, of which these layers are recorded, and at one image; once."""
 
     def networks(self, teacher: Teacher) -> list[nn.Module]:
         """The network behind each of them."""
         return [teacher.network] * self.count
 
     @abstractmethod
-    def ask(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool, seed: int
-    ) -> list[Knowledge]:
-        """What the sub-teachers of these indices say of images (B, C, H, W).
+    def outputs(
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
+    ) -> list[NetworkOutput]:
+        """Outputs of the sub-teachers of these indices for images (B, C, H, W).
 
         Args:
-            teacher: The one who speaks.
+            teacher: The one teacher.
             x: Images.
             indices: Which sub-teachers.
-            logits: Run to the end; else only as far as somebody listens.
+            need_logits: Run to the end; else only as far as layers are recorded.
             seed: Of the random numbers of this batch, equal in all processes.
         """
 
     def forward(
-        self, teacher: Teacher, x: Tensor, indices: Sequence[int], logits: bool = True
-    ) -> list[Knowledge]:
-        """Ask them: in training with new random numbers each time, else always with the same."""
+        self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool = True
+    ) -> list[NetworkOutput]:
+        """Outputs of these: in training with new random numbers each time, else always the same."""
         seed = self.next_seed() if self.training else mixed_seed(self.seed or 0, 0)
-        return self.ask(teacher, x, indices, logits, seed)
+        return self.outputs(teacher, x, indices, need_logits, seed)
 
     def next_seed(self) -> int:
         """Of the next training batch."""

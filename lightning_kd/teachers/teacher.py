@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_kd.adapters import Tap, Tapped
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.features import Tap, Tapped
+from lightning_kd.outputs import NetworkOutput
+
+#: requires_grad of each parameter and mode of each part, as they were before a network was frozen
+_BEFORE: weakref.WeakKeyDictionary[nn.Module, tuple[list[bool], list[bool]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Teacher(nn.Module):
@@ -18,7 +24,8 @@ class Teacher(nn.Module):
     Its network stays outside the module tree: it moves with ``.to()``, but no optimizer,
     ``state_dict``, ``train()``, ``apply()`` or DDP broadcast ever reaches it. What was given is not
     part of what is learned. Gradient may flow *through* it to its input (data-free methods need
-    that), so ``no_grad`` belongs at the call site.
+    that), so ``no_grad`` belongs at the call site. ``release`` gives the network back as it was;
+    a Trainer does so at the end of a run.
 
     Args:
         network: Any classifier; it is put in eval mode and its parameters are frozen.
@@ -52,22 +59,42 @@ class Teacher(nn.Module):
                 f"Expected distinct classes from 0 to num_classes - 1, got {classes} and "
                 f"num_classes {num_classes}."
             )
-        self._given = (network.eval().requires_grad_(False),)
+        self._given = (network,)
         self._parts = tuple(network.modules())  # walking the tree at each step would be slow
         self._lent = False
         self.num_classes = num_classes
         places = None if classes is None else torch.tensor(classes)
         self.register_buffer("classes", places, persistent=False)
-        self._dtype: torch.dtype | None = None  # of a lightened network
+        self._dtype: torch.dtype | None = None  # of a network that was cast
         self._offloaded = False
         self.tap = Tap(network)
+        self.freeze()
 
     @property
     def network(self) -> nn.Module:
         """The network itself."""
         return self._given[0]
 
-    def listen(self, layers: Sequence[str]) -> None:
+    def freeze(self) -> None:
+        """Put the network in eval mode and freeze its parameters, until ``release``."""
+        if self.network not in _BEFORE:
+            _BEFORE[self.network] = (
+                [p.requires_grad for p in self.network.parameters()],
+                [part.training for part in self._parts],
+            )
+        self.network.eval().requires_grad_(False)
+
+    def release(self) -> None:
+        """Give the network's modes and ``requires_grad`` back as they were before ``freeze``."""
+        before = _BEFORE.pop(self.network, None)
+        if before is None:
+            return
+        for parameter, requires_grad in zip(self.network.parameters(), before[0], strict=True):
+            parameter.requires_grad_(requires_grad)
+        for part, training in zip(self._parts, before[1], strict=True):
+            part.training = training
+
+    def record_layers(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.
 
         Raises:
@@ -76,15 +103,15 @@ class Teacher(nn.Module):
         self.tap.remove()
         self.tap = Tap(self.network, layers)
 
-    def lighten(self, dtype: torch.dtype | None = None, offload: bool = False) -> None:
-        """Hold the network at less cost; answers come in the images' own precision and place.
+    def reduce_cost(self, dtype: torch.dtype | None = None, offload: bool = False) -> None:
+        """Hold the network at less cost; outputs come in the images' own precision and place.
 
         Args:
             dtype: Cast weights to it, but those of BatchNorm, whose statistics would be spoiled,
                 and images on their way in; None: as they are. It stays so: give a copy of a network
                 that is needed elsewhere.
             offload: Keep weights in the memory of the CPU; they visit the images' device for the
-                time of an answer, one network after the other.
+                time of a forward pass, one network after the other.
         """
         floats = [
             values
@@ -103,52 +130,53 @@ class Teacher(nn.Module):
                 here = values.data.cpu()  # copies from pinned memory do not wait
                 values.data = here.pin_memory() if torch.cuda.is_available() else here
 
-    def forward(self, x: Tensor, logits: bool = True) -> Knowledge:
-        """Answer for images, shape (B, C, H, W).
+    def forward(self, x: Tensor, need_logits: bool = True) -> NetworkOutput:
+        """Output for images, shape (B, C, H, W).
 
         Args:
             x: Images.
-            logits: Run to the end; else only as far as the layers that are listened to.
+            need_logits: Run to the end; else only as far as layers are recorded.
         """
         self.keep_in_eval()
-        said = self.tap(x, logits) if self._dtype is None else self._lightly(x, logits)
-        return self.spread(said) if logits else said
+        plain = self._dtype is None
+        output = self.tap(x, need_logits) if plain else self._cast_forward(x, need_logits)
+        return self.over_all_classes(output) if need_logits else output
 
     def keep_in_eval(self) -> None:
         """Put the network back: who holds it, or a part of it, may have called train() on it."""
         if any(part.training for part in self._parts):
             self.network.eval()
 
-    def _lightly(self, x: Tensor, logits: bool) -> Knowledge:
+    def _cast_forward(self, x: Tensor, need_logits: bool) -> NetworkOutput:
         images = x.to(self._dtype)
         if self._offloaded and x.device.type != "cpu":
             weights = {
                 f"network.{name}": value.to(x.device, non_blocking=True)
                 for name, value in (*self.network.named_parameters(), *self.network.named_buffers())
             }
-            said = functional_call(Tapped(self.tap), weights, (images, logits))
+            output = functional_call(Tapped(self.tap), weights, (images, need_logits))
         else:
-            said = self.tap(images, logits)
-        return Knowledge(
-            said.logits.to(x.dtype), {n: value.to(x.dtype) for n, value in said.features.items()}
-        )
+            output = self.tap(images, need_logits)
+        features = {name: value.to(x.dtype) for name, value in output.features.items()}
+        return NetworkOutput(output.logits.to(x.dtype), features)
 
-    def spread(self, said: Knowledge) -> Knowledge:
-        """Answers over all classes, where the network knows some only.
+    def over_all_classes(self, output: NetworkOutput) -> NetworkOutput:
+        """Logits over all classes, where the network knows some only.
 
         Raises:
             ValueError: If it has another number of outputs than ``classes`` says.
         """
         if self.classes is None:
-            return said
-        if said.logits.shape[1] != len(self.classes):
+            return output
+        if output.logits.shape[1] != len(self.classes):
             raise ValueError(
                 f"Expected a teacher of {len(self.classes)} outputs, one for each of its classes, "
-                f"got {said.logits.shape[1]}."
+                f"got {output.logits.shape[1]}."
             )
-        shape = (len(said.logits), self.num_classes, *said.logits.shape[2:])
-        everywhere = said.logits.new_full(shape, -torch.inf)
-        return Knowledge(everywhere.index_copy(1, self.classes, said.logits), said.features)
+        shape = (len(output.logits), self.num_classes, *output.logits.shape[2:])
+        everywhere = output.logits.new_full(shape, -torch.inf)
+        logits = everywhere.index_copy(1, self.classes, output.logits)
+        return NetworkOutput(logits, output.features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """Move the network along with the module that holds this teacher."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.files import write_atomically
-from lightning_kd.functional.seeds import seeded
+from lightning_kd.atomic_files import write_atomically
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.seeds import seeded
 
 FACTS = "facts.json"
 #: how far answers may be from those of another precision

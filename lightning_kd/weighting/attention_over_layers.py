@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.adapters import LayerPair
-from lightning_kd.functional import pooled
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.features import LayerPair
+from lightning_kd.functional import global_average_pool
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
 
 
@@ -47,23 +47,23 @@ class AttentionOverLayers(LayerPair, Weighting):
         self.dimension = dimension
         self.keys = nn.ModuleList()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make the query and one key for each teacher."""
         if self.keys:
             return
-        width = pooled(self.student_feature(student)).shape[1]
+        width = global_average_pool(self.student_feature(student)).shape[1]
         self.query = nn.Linear(width, self.dimension, bias=False)
         for m, teacher in enumerate(teachers):
-            width = pooled(self.teacher_feature(m, teacher)).shape[1]
+            width = global_average_pool(self.teacher_feature(m, teacher)).shape[1]
             self.keys.append(nn.Linear(width, self.dimension, bias=False))
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of each sample, shape (M, B), with gradient."""
-        query = self.query(pooled(self.student_feature(student)).detach())
+        query = self.query(global_average_pool(self.student_feature(student)).detach())
         scores = [
-            (query * self.keys[m](pooled(self.teacher_feature(m, teacher)))).sum(1)
+            (query * self.keys[m](global_average_pool(self.teacher_feature(m, teacher)))).sum(1)
             for m, teacher in enumerate(teachers)
         ]
         stacked = torch.stack(scores).float() / math.sqrt(self.dimension)

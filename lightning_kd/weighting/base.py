@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_kd.functional.checks import check_space
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_space
 
 Space = Literal["probability", "logit"]
 
@@ -27,6 +27,7 @@ class Weighting(nn.Module, ABC):
         super().__init__()
         check_space(space)
         self.space = space
+        self._was_checked = False
 
     #: whether the teachers' logits are read in training
     reads_logits = True
@@ -46,7 +47,7 @@ class Weighting(nn.Module, ABC):
         """Layers of teacher ``index`` whose outputs this weighting reads."""
         return ()
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Size itself from a dry run; called once, before the optimizer is made."""
 
     def active(self, num_teachers: int) -> Sequence[int]:
@@ -55,12 +56,12 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Trust in each teacher that ran.
 
         Args:
-            teachers: Knowledge of the active teachers.
+            teachers: NetworkOutput of the active teachers.
             student: The student's.
             target: Labels (B, ...), -1 where unlabelled; None where there are none, and always
                 when an ensemble is measured.
@@ -70,7 +71,7 @@ class Weighting(nn.Module, ABC):
             the losses that they weigh.
         """
 
-    def loss(self, teachers: Ensemble, target: Tensor | None) -> Tensor | None:
+    def loss(self, teachers: TeacherOutputs, target: Tensor | None) -> Tensor | None:
         """Loss of the weighting itself, logged as ``train/gate``; None if it learns nothing so."""
         return None
 
@@ -82,8 +83,35 @@ class Weighting(nn.Module, ABC):
     def calibrate(self, images: Sequence[Tensor], teachers: Sequence[nn.Module]) -> None:
         """Look at batches of training images (B, C, H, W) once, before training."""
 
-    def observe(self, student: Knowledge, teachers: Sequence[Knowledge], target: Tensor) -> None:
+    def observe(
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor
+    ) -> None:
         """See one batch of validation answers of the student and of all teachers."""
 
-    def update(self) -> None:
+    def after_validation(self) -> None:
         """Learn from what was observed; called at the end of each validation, on all ranks."""
+
+
+def check_weights(weights: Any, weighting: Weighting, count: int, batch: int) -> None:
+    """Check a weighting's weights: the shape always, values once, which waits for the device.
+
+    Raises:
+        ValueError: If they are not of shape (M,) or (M, B), or no convex combination.
+    """
+    name = type(weighting).__name__
+    if not isinstance(weights, Tensor) or weights.shape not in ((count,), (count, batch)):
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"Expected {name} to return weights of shape ({count},) or ({count}, {batch}), one "
+            f"row a teacher, got {got}."
+        )
+    if weighting._was_checked:
+        return
+    weighting._was_checked = True
+    total = weights.detach().float().sum(0)
+    if not bool((weights >= 0).all() & ((total - 1).abs() < 1e-2).all()):
+        raise ValueError(
+            f"Expected {name} to return weights >= 0 that sum to 1 over the teachers, got a "
+            f"sum of {float(total.flatten()[0]):.3g} and a least weight of "
+            f"{float(weights.min()):.3g}."
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.functional import confidence_weights, entropy_weights
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Weighting
 
 
@@ -28,7 +28,7 @@ class Confidence(Weighting):
     """
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of each sample, shape (M, B)."""
         logits = torch.stack([teacher.logits for teacher in teachers])

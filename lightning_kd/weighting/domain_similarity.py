@@ -8,10 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_kd.adapters import Tap
-from lightning_kd.functional import jensen_shannon, maximum_mean_discrepancy, pooled, renyi
-from lightning_kd.knowledge import Knowledge
-from lightning_kd.ranks import sum_over_ranks
+from lightning_kd.distributed import sum_over_ranks
+from lightning_kd.features import Tap
+from lightning_kd.functional import (
+    global_average_pool,
+    jensen_shannon,
+    maximum_mean_discrepancy,
+    renyi,
+)
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
 
 MOST_SAMPLES = 512  # the discrepancy compares all pairs
@@ -33,7 +38,7 @@ def _features(network: nn.Module, layer: str, images: Iterable[Tensor]) -> Tenso
     tap = Tap(network.eval(), [layer])
     try:
         with torch.no_grad():
-            kept = [pooled(tap(batch).feature(layer)).float() for batch in images]
+            kept = [global_average_pool(tap(batch).feature(layer)).float() for batch in images]
     finally:
         tap.remove()
     return torch.cat(kept)[:MOST_SAMPLES].contiguous()
@@ -123,7 +128,7 @@ class DomainSimilarity(Weighting):
         self.weights.copy_(total / total.sum())
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """The similarities, shape (M,); all equal before they are known."""
         equal = torch.full_like(self.weights, 1 / len(self.weights))

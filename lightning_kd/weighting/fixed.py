@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
 
 
@@ -54,7 +54,7 @@ class Fixed(Weighting):
         return [m for m, weight in enumerate(self.given) if weight > 0]
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """The given weights of the active teachers, shape (M,)."""
         return self.weights

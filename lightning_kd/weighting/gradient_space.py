@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.functional import min_norm_weights
-from lightning_kd.functional.checks import check_positive
-from lightning_kd.functional.precision import Float32State
-from lightning_kd.functional.trust import MOST_GRADIENTS
-from lightning_kd.knowledge import Knowledge
-from lightning_kd.ranks import sum_over_ranks, world_size
+from lightning_kd.distributed import sum_over_ranks, world_size
+from lightning_kd.functional import MOST_GRADIENTS, min_norm_weights
+from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.checks import check_positive
+from lightning_kd.utils.float32_state import Float32State
 from lightning_kd.weighting.base import Space, Weighting
 
 
@@ -54,7 +53,7 @@ class GradientSpace(Float32State, Weighting):
         check_positive(c_max, "c_max")
         self.c_max, self.temperature, self.normalize = c_max, temperature, normalize
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Start from equal weights."""
         if not hasattr(self, "last"):
             self.register_buffer("last", torch.full((len(teachers),), 1 / len(teachers)))
@@ -73,7 +72,7 @@ class GradientSpace(Float32State, Weighting):
         return range(num_teachers)
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of this batch, shape (M,); measured, those of the last training batch."""
         if not self.training:

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional import combine, pooled
-from lightning_kd.functional.precision import full_precision
-from lightning_kd.knowledge import Ensemble, Knowledge
-from lightning_kd.ranks import mean_over_labelled
+from lightning_kd.distributed import mean_over_labelled
+from lightning_kd.functional import combine_teachers, full_precision, global_average_pool
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.weighting.base import Space, Weighting
 
 RULED_OUT = 1e5  # a logit that far down is that of a class which a teacher does not know
@@ -45,14 +44,14 @@ class LearnedGate(Weighting):
         """The layer that the gate reads."""
         return () if self.student_layer is None else (self.student_layer,)
 
-    def _embed(self, student: Knowledge) -> Tensor:
+    def _embed(self, student: NetworkOutput) -> Tensor:
         if self.student_layer is None:
             said = student.logits.detach().float().log_softmax(1)
             return said.flatten(2).mean(2) if said.dim() > 2 else said
-        embedding = pooled(student.feature(self.student_layer).detach()).float()
+        embedding = global_average_pool(student.feature(self.student_layer).detach()).float()
         return F.layer_norm(embedding, embedding.shape[1:])
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Make the gate."""
         if not hasattr(self, "gate"):
             self.gate = nn.Linear(self._embed(student).shape[1], len(teachers))
@@ -60,20 +59,20 @@ class LearnedGate(Weighting):
             nn.init.zeros_(self.gate.bias)
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of each sample, shape (M, B), detached."""
         embedding = self._embed(student)
         self._live = self.gate(embedding.to(self.gate.weight.dtype)).float().softmax(1).T
         return self._live.detach()
 
-    def loss(self, teachers: Ensemble, target: Tensor | None) -> Tensor | None:
+    def loss(self, teachers: TeacherOutputs, target: Tensor | None) -> Tensor | None:
         """Cross-entropy of the weighted answer with the labels, a scalar."""
         assert self._live is not None
         weights, self._live = self._live, None
         if target is None:
             return 0.0 * weights.sum()  # every parameter takes part in each step
-        logits = torch.stack([member.logits for member in teachers.members])
+        logits = torch.stack([member.logits for member in teachers.outputs])
         return mean_over_labelled(_answer_loss(logits, weights, target, self.space), target)
 
 
@@ -81,7 +80,7 @@ class LearnedGate(Weighting):
 def _answer_loss(logits: Tensor, weights: Tensor, target: Tensor, space: str) -> Tensor:
     """Negative log-likelihood of the weighted answer, per sample, 0 where unlabelled."""
     # finite, since gradient through minus infinity is NaN even where it is masked afterwards
-    answer = combine(logits.clamp(min=-RULED_OUT), weights.clamp(min=1e-12), 1.0, space)
+    answer = combine_teachers(logits.clamp(min=-RULED_OUT), weights.clamp(min=1e-12), 1.0, space)
     value = F.nll_loss(answer, target, ignore_index=-1, reduction="none")
     # a class that no teacher knows teaches the gate nothing
     value = value.masked_fill(value > RULED_OUT / 100, 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.functional import lowest_loss_weights
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Weighting
 
 
@@ -25,7 +25,7 @@ class LowestLoss(Weighting):
     """
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """1 for the chosen teacher of each sample, else 0, shape (M, B)."""
         return lowest_loss_weights(torch.stack([t.logits for t in teachers]), target)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.functional.precision import Float32State
-from lightning_kd.knowledge import Knowledge
-from lightning_kd.ranks import sum_over_ranks
+from lightning_kd.distributed import sum_over_ranks
+from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.float32_state import Float32State
 from lightning_kd.weighting.base import Space, Weighting
 
 
@@ -57,7 +57,7 @@ class SelfPaced(Float32State, Weighting):
         self.threshold, self.fade, self.classes = threshold, fade, classes
         self._running: list[int] | None = None
 
-    def build(self, student: Knowledge, teachers: Sequence[Knowledge]) -> None:
+    def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Start with all experts, and note who knows which classes.
 
         Raises:
@@ -94,7 +94,7 @@ class SelfPaced(Float32State, Weighting):
         return self._running or ([] if self.training and self.fade else range(num_teachers))
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of the experts that ran, shape (M,)."""
         positive = self.paced[self.paced > 0] if not self._running else self.paced[self._running]
@@ -102,7 +102,9 @@ class SelfPaced(Float32State, Weighting):
             positive = torch.ones(len(teachers), device=self.paced.device)
         return positive / positive.sum()
 
-    def observe(self, student: Knowledge, teachers: Sequence[Knowledge], target: Tensor) -> None:
+    def observe(
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor
+    ) -> None:
         """Count right answers on each expert's classes."""
         known = self.known[:, target.clamp(min=0)] & (target >= 0)
         right = torch.stack([t.logits.argmax(1) for t in teachers]) == target
@@ -110,7 +112,7 @@ class SelfPaced(Float32State, Weighting):
         both = torch.stack([known, known & mine, known & right])
         self.counts += both.flatten(2).sum(2).to(self.counts)
 
-    def update(self) -> None:
+    def after_validation(self) -> None:
         """Set the weights from the validation that has just ended."""
         counts = sum_over_ranks(self.counts)
         seen, mine, theirs = counts / counts[0].clamp(min=1)

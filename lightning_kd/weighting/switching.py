@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
 from lightning_kd.weighting.fixed import check_weights
 
@@ -64,7 +64,7 @@ class Switching(Weighting):
         return draw.choices(range(num_teachers), given)
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """1 for the drawn teacher, shape (1,); else the probabilities, shape (M,)."""
         count = len(teachers)

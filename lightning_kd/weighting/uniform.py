@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Weighting
 
 
@@ -23,7 +23,7 @@ class Uniform(Weighting):
     reads_logits = False
 
     def forward(
-        self, teachers: Sequence[Knowledge], student: Knowledge, target: Tensor | None
+        self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights 1 / M, shape (M,)."""
         m = len(teachers)

@@ -34,7 +34,7 @@ def test_compiled_run_equals_a_plain_one(make_trainer, digits, losses):
         make_trainer(max_epochs=1, callbacks=callbacks).fit(module, datamodule=data)
         calls.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
         states.append(module.state_dict())
-        networks = [module.student, *module.networks()]
+        networks = [module.student, *module.teachers.networks()]
         assert all(network._compiled_call_impl is None for network in networks)
     assert_same_state(*states)
     assert calls[0] == 0
@@ -80,7 +80,7 @@ def test_an_exception_leaves_plain_networks(make_trainer, digits):
     module = make([SoftTarget()])
     with pytest.raises(RuntimeError, match="stop"):
         make_trainer(callbacks=[Compile(**TRACED), Stop()]).fit(module, datamodule=digits())
-    assert all(n._compiled_call_impl is None for n in [module.student, *module.networks()])
+    assert all(n._compiled_call_impl is None for n in [module.student, *module.teachers.networks()])
 
 
 def test_features_that_a_layer_changes_in_place_are_told(make_trainer, digits):

@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_kd.callbacks import InversionReport, ReplayBuffer
 from lightning_kd.data import Rounds
-from lightning_kd.inversion import OneHot
+from lightning_kd.data_free.generators import Generator
+from lightning_kd.data_free.image_losses import OneHot
 from lightning_kd.modules import DataFree
-from lightning_kd.sources import Generator
 
 
 class Network(nn.Module):
@@ -31,7 +31,7 @@ def fit(
     torch.manual_seed(0)
     module = DataFree(
         tiny(4), teacher or tiny(8), Generator(Network(spread)), [OneHot(modulate=True)],
-        round_images=32, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+        round_images=32, generator_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     report = InversionReport(str(tmp_path), **{"least_entropy": 0.0, **options})
     trainer = make_trainer(max_epochs=3, callbacks=[report, *callbacks], **(trainer or {}))

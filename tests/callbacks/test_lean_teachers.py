@@ -30,8 +30,8 @@ def test_half_precision_answers_are_close_and_float32(dtype):
         network(torch.rand(64, 1, 8, 8))  # statistics
     whole, half = Teacher(copy.deepcopy(network)), Teacher(network)
     for teacher in (whole, half):
-        teacher.listen(["layer2"])
-    half.lighten(getattr(torch, dtype))
+        teacher.record_layers(["layer2"])
+    half.reduce_cost(getattr(torch, dtype))
     expected, said = whole(IMAGES), half(IMAGES)
     assert said.logits.dtype == said.features["layer2"].dtype == torch.float32
     scale = float(expected.logits.abs().max())
@@ -45,7 +45,7 @@ def test_gradient_reaches_the_images_through_half_precision():
     teacher = Teacher(TinyNet())
     images = IMAGES.clone().requires_grad_()
     expected = torch.autograd.grad(teacher(images).logits.square().sum(), images)[0]
-    teacher.lighten(torch.bfloat16)
+    teacher.reduce_cost(torch.bfloat16)
     found = torch.autograd.grad(teacher(images).logits.square().sum(), images)[0]
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.99
 
@@ -86,12 +86,12 @@ def test_offloaded_teachers_visit_one_at_a_time(offload):
         module = MultiTeacher(student, teachers)
         if offload:
             for teacher in module.teachers:
-                teacher.lighten(offload=True)
+                teacher.reduce_cost(offload=True)
             module.teachers.to("cuda")
         where = {p.device.type for t in teachers for p in t.parameters()}
         assert where == ({"cpu"} if offload else {"cuda"})
         x = torch.empty(2, 1, 8, 8, device="cuda")
-        said = module.teach(x, range(5))
+        said = module.distillation.teacher_outputs(x, range(5))
         assert {each.logits.device.type for each in said} == {"cuda"}
         assert all(p.device.type == "cpu" for t in teachers for p in t.parameters()) == offload
     assert (1 if offload else 5) * size <= memory.most < (2 if offload else 6) * size
@@ -132,12 +132,12 @@ def test_batched_teachers_of_some_classes_only():
         for classes in ([0, 1, 2, 3], [2, 3, 4, 5])
     ]
     module = MultiTeacher(TinyNet(num_classes=6), teachers, losses=[])
-    module.prepare(IMAGES)
-    expected = [said.logits for said in module.teach(IMAGES, (0, 1))]
+    module._build(IMAGES)
+    expected = [said.logits for said in module.distillation.teacher_outputs(IMAGES, (0, 1))]
     module.ask_together()
     for teacher in teachers:
         teacher.network.train()
-    for said, logits in zip(module.teach(IMAGES, (0, 1)), expected, strict=True):
+    for said, logits in zip(module.distillation.teacher_outputs(IMAGES, (0, 1)), expected, strict=True):
         torch.testing.assert_close(said.logits, logits)
 
 
@@ -146,7 +146,7 @@ def test_a_cohort_learns_from_light_teachers(make_trainer, digits):
     trainer = make_trainer(callbacks=[LeanTeachers(dtype="bfloat16")])
     trainer.fit(module, datamodule=digits())
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    assert module.lessons.all_teachers()[0].network.conv.weight.dtype == torch.bfloat16
+    assert module.teachers[0].network.conv.weight.dtype == torch.bfloat16
 
 
 def test_precisions_that_cast_teachers_are_refused(make_trainer, digits, make_module):
@@ -159,7 +159,7 @@ def test_precisions_that_cast_teachers_are_refused(make_trainer, digits, make_mo
 def test_a_network_that_begins_with_batch_norm():
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(1), TinyNet())
     teacher = Teacher(network)
-    teacher.lighten(torch.bfloat16)
+    teacher.reduce_cost(torch.bfloat16)
     assert teacher(IMAGES).logits.shape == (8, 10)
 
 

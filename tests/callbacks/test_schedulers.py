@@ -12,7 +12,7 @@ class Notes(Callback):
         self.values = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        loss = pl_module.losses["soft_target"]
+        loss = pl_module.distillation.losses["soft_target"]
         self.values.append((loss.temperature, loss.weight, pl_module.task_weight))
 
 

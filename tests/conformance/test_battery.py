@@ -42,11 +42,11 @@ def assert_same_state(a, b):
 
 def test_trains_and_touches_no_teacher(method):
     module, trainer = method.whole
-    trained = [p for part in module.trained() for p in part.parameters()]
-    before = [p for part in method.module.trained() for p in part.parameters()]
+    trained = [p for part in module.trainable_modules() for p in part.parameters()]
+    before = [p for part in method.module.trainable_modules() for p in part.parameters()]
     assert len(before) <= len(trained)  # adapters come with the data
-    learners = module.learners()
-    for name, network in method.module.learners().items():
+    learners = module.exported_networks()
+    for name, network in method.module.exported_networks().items():
         old, new = network.state_dict(), learners[name].state_dict()
         assert any(not torch.equal(old[k], new[k]) for k in old), f"{name} did not learn"
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
@@ -145,8 +145,8 @@ def test_checkpoint_rebuilds_the_module(method):
 
 def test_export_gives_the_same_answers(method):
     module, _ = method.whole
-    images = torch.rand(4, *module.input_shape)
-    for name, network in module.learners().items():
+    images = torch.rand(4, *module.distillation.input_shape)
+    for name, network in module.exported_networks().items():
         mine = network.eval()(images)
         theirs = pretrained(str(method.folder / "export" / f"{name}.safetensors"))(images)
         torch.testing.assert_close(theirs, mine)
@@ -194,6 +194,6 @@ def test_a_batch_of_one_image_is_finite(method):
     module = method.fit(max_epochs=1, limit_train_batches=1)[0]
     module.train()
     assert isinstance(module, (OneStudent, PeerCohort))
-    terms = module.step(torch.rand(1, *module.input_shape), torch.tensor([3]))
+    terms = module.compute_losses(torch.rand(1, *module.distillation.input_shape), torch.tensor([3]))
     assert terms
     assert all(torch.isfinite(value).all() for value in terms.values())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conformance.conftest import CONFIGS, build
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 from tests.test_configs import ROOT
 
 SCRIPT = """
@@ -49,7 +49,7 @@ def train(name, devices, folder):
     module, data = method.module, method.data  # a copy would leave teachers as they are
     data.batch_size, data.shuffle_seed = 64 // devices, 5
     torch.manual_seed(0)
-    module.double().prepare(torch.rand(2, *data.image_shape, dtype=torch.float64))
+    module.double()._build(torch.rand(2, *data.image_shape, dtype=torch.float64))
     without_batch_statistics(module)
     strategy = "ddp" if module.automatic_optimization else "ddp_find_unused_parameters_true"
     module, trainer = method.fit(

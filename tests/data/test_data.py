@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as image_ops
 
 from lightning_kd.data import CIFAR10, MNIST, Digits, FashionMNIST, ImageFolder
 from lightning_kd.data.batches import Batches, Order
-from lightning_kd.functional.augment import crop_and_flip
+from lightning_kd.functional import crop_and_flip
 
 
 def test_digits_are_scikit_learns_scans_and_the_splits_are_disjoint():

@@ -15,7 +15,7 @@ from lightning_kd.data.pseudo_labelled import TwoKinds
 from lightning_kd.models import Averaged, Plain, Scale, pretrained, resnet8
 from lightning_kd.weighting import Confidence
 from tests.conftest import assert_same_state, state_of
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 
 SPLIT = {"subset": 400, "val_split": 64, "labelled_fraction": 0.2, "batch_size": 50}
 

@@ -16,16 +16,15 @@ from lightning_kd.exchange import (
     PeerCollaborative,
 )
 from lightning_kd.exchange.shadow import Shadow
-from lightning_kd.functional import min_logits, simplex_cross_entropy_weights
-from lightning_kd.functional.features import pooled
-from lightning_kd.knowledge import Knowledge
+from lightning_kd.functional import global_average_pool, min_logits, simplex_cross_entropy_weights
 from lightning_kd.losses import SoftTarget
+from lightning_kd.outputs import NetworkOutput
 from tests import reference
 
 
 def cohort(count=3, batch=4, classes=5, width=6, size=2):
     return [
-        Knowledge(
+        NetworkOutput(
             (2 * torch.randn(batch, classes, dtype=torch.float64)).requires_grad_(),
             {"a": torch.randn(batch, width, size, size, dtype=torch.float64, requires_grad=True)},
         )
@@ -66,7 +65,7 @@ def test_gate_weighs_logits_and_learns_with_the_branches_from_the_ensemble_alone
     shares = scores.float().softmax(1)
     torch.testing.assert_close(ensembles[0].weights, shares.T.detach())
     mixed = sum(shares[:, k, None] * p.logits for k, p in enumerate(peers))
-    (term,) = gate.terms(peers, y).values()
+    (term,) = gate.extra_losses(peers, y).values()
     torch.testing.assert_close(term, F.cross_entropy(mixed[:5], y[:5]))
     assert not ensembles[0].weights.requires_grad
     term.backward()
@@ -173,12 +172,12 @@ def test_general_shares_minimise_the_expected_error_and_stay_in_the_simplex():
     covariance = torch.stack([torch.stack([(a * b).sum() / 200 for b in wrong]) for a in wrong])
     free = torch.linalg.solve(covariance, torch.ones(3).double())
     free = free / free.sum()
-    exchange.update()
+    exchange.after_validation()
     assert (free > 0).all()
     torch.testing.assert_close(exchange.shares.double(), free, atol=1e-3, rtol=0)
-    alike = [peers[0], Knowledge(peers[0].logits + 0.01 * torch.randn(200, 5)), peers[2]]
+    alike = [peers[0], NetworkOutput(peers[0].logits + 0.01 * torch.randn(200, 5)), peers[2]]
     exchange.observe(alike, y)
-    exchange.update()
+    exchange.after_validation()
     assert (exchange.shares >= 0).all()
     assert float(exchange.shares.sum()) == pytest.approx(1)
 
@@ -193,15 +192,17 @@ def test_fusion_teaches_and_is_taught():
     )
     ensembles = fusion(peers, y)
     torch.testing.assert_close(ensembles[1].log_probabilities(), logits.log_softmax(1).detach())
-    terms = fusion.terms(peers, y)
+    terms = fusion.extra_losses(peers, y)
     torch.testing.assert_close(terms["fusion/task"], F.cross_entropy(logits, y))
     mean = sum(p.logits.detach() for p in peers) / 2
     wanted = 9 * reference.kl_divergence(logits, mean, 3.0, 3.0).mean()
     torch.testing.assert_close(terms["fusion/soft_target"], wanted)
     wide = Fusion("a")
-    wide.build([peers[0], Knowledge(peers[1].logits, {"a": torch.randn(4, 3, 7, 7).double()})])
+    wide.build([peers[0], NetworkOutput(peers[1].logits, {"a": torch.randn(4, 3, 7, 7).double()})])
     with pytest.raises(ValueError, match="to give maps"):
-        Fusion("a").build([Knowledge(p.logits, {"a": pooled(p.features["a"])}) for p in peers])
+        Fusion("a").build(
+            [NetworkOutput(p.logits, {"a": global_average_pool(p.features["a"])}) for p in peers]
+        )
 
 
 class Two(nn.Module):
@@ -213,7 +214,7 @@ class Two(nn.Module):
 
     def forward(self, views):
         said = (n(v) for n, v in zip(self.networks, views, strict=True))
-        return [Knowledge(z, {"a": z}) for z in said]
+        return [NetworkOutput(z, {"a": z}) for z in said]
 
 
 def test_moving_averages_are_the_analytic_ones():
@@ -238,12 +239,12 @@ def test_a_peer_hears_the_joint_classifier_and_the_averages_of_the_others():
     views = [torch.randn(4, 3), torch.randn(4, 3)]
     said = peers(views)
     exchange.build(said)
-    exchange.before(views)
+    exchange.before_peers(views)
     ensembles = exchange(said, None)
     joint = exchange.classify(torch.cat([said[0].logits, said[1].logits], 1))
     wanted = (joint.softmax(1) + said[1].logits.softmax(1)) / 2
     torch.testing.assert_close(ensembles[0].log_probabilities().exp(), wanted)
-    (term,) = exchange.terms(said, torch.tensor([0, 1, 2, -1])).values()
+    (term,) = exchange.extra_losses(said, torch.tensor([0, 1, 2, -1])).values()
     torch.testing.assert_close(term, F.cross_entropy(joint[:3], torch.tensor([0, 1, 2])))
     # the two halves, twice, are the paper's sum
     twice = gradient(2 * SoftTarget(3.0)(said[0], ensembles[0], None), said[0].logits)
@@ -257,9 +258,9 @@ def test_snapshots_are_stale_until_it_is_time():
     exchange.attach(peers)
     views, heard = [torch.randn(2, 3)] * 2, []
     for _ in range(10):
-        exchange.before(views)
+        exchange.before_peers(views)
         ensemble = exchange(peers(views), None)[0]
-        heard.append(None if ensemble is None else ensemble.members[0].logits.clone())
+        heard.append(None if ensemble is None else ensemble.outputs[0].logits.clone())
         with torch.no_grad():
             peers.networks[1].weight += 1.0
         exchange.after_step(peers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_kd.functional.augment import crop_and_flip, resized_crop
+from lightning_kd.functional import crop_and_flip, resized_crop
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])

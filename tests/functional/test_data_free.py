@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_kd.functional.data_free import (
+from lightning_kd.functional import (
     channel_statistics,
     class_balance,
     importance_weights,

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_kd.functional import combine, kl_divergence, logit_mse, task_cross_entropy
+from lightning_kd.functional import combine_teachers, kl_divergence, logit_mse, task_cross_entropy
 from tests import reference
 
 
@@ -141,12 +141,12 @@ def test_weighted_kls_and_kl_to_the_weighted_mean_have_one_gradient(per_sample):
         torch.rand(3, 5, dtype=torch.float64) if per_sample else torch.rand(3, dtype=torch.float64)
     )
     weights = weights / weights.sum(0)
-    target = combine(teachers, weights, 3.0, "probability")
+    target = combine_teachers(teachers, weights, 3.0, "probability")
     joint = torch.autograd.grad(kl_divergence(s, target, 3.0).mean(), s)[0]
     column = weights if per_sample else weights[:, None].expand(3, 5)
     single = sum((column[m] * kl_divergence(s, teachers[m], 3.0, 3.0)).mean() for m in range(3))
     torch.testing.assert_close(joint, torch.autograd.grad(single, s)[0])
-    geometric = combine(teachers, weights, 3.0, "logit")
+    geometric = combine_teachers(teachers, weights, 3.0, "logit")
     other = torch.autograd.grad(kl_divergence(s, geometric, 3.0).mean(), s)[0]
     assert (other - joint).abs().max() > 1e-3
 
@@ -154,9 +154,9 @@ def test_weighted_kls_and_kl_to_the_weighted_mean_have_one_gradient(per_sample):
 def test_combine_equals_reference_in_both_spaces_and_sums_to_one():
     teachers = torch.stack([logits(4, 5) for _ in range(3)])
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    got = combine(teachers, weights, 2.0, "logit").exp()
+    got = combine_teachers(teachers, weights, 2.0, "logit").exp()
     torch.testing.assert_close(got, reference.logit_mean_probabilities(teachers, weights, 2.0))
-    mean = combine(teachers, weights, 2.0, "probability").exp()
+    mean = combine_teachers(teachers, weights, 2.0, "probability").exp()
     rows = [[torch.stack(reference.softmax(z, 2.0)) for z in t] for t in teachers]
     right = sum(w * torch.stack(r) for w, r in zip(weights, rows, strict=True))
     torch.testing.assert_close(mean, right)
@@ -165,10 +165,10 @@ def test_combine_equals_reference_in_both_spaces_and_sums_to_one():
 
 def test_combine_survives_a_weight_of_zero_and_extreme_logits():
     teachers = torch.tensor([[[30.0, -30.0]], [[-30.0, 30.0]]])
-    answer = combine(teachers, torch.tensor([1.0, 0.0]), 1.0, "probability")
+    answer = combine_teachers(teachers, torch.tensor([1.0, 0.0]), 1.0, "probability")
     torch.testing.assert_close(answer, teachers[0].log_softmax(1))
 
 
 def test_unknown_space_is_told():
     with pytest.raises(ValueError, match='"probability" or "logit"'):
-        combine(torch.zeros(1, 1, 2), torch.ones(1), 1.0, "mean")
+        combine_teachers(torch.zeros(1, 1, 2), torch.ones(1), 1.0, "mean")

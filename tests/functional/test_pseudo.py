@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_kd.functional import balanced_labels, hard, task_cross_entropy
+from lightning_kd.functional import balanced_labels, hard_labels, task_cross_entropy
 from tests import reference
 
 
@@ -69,6 +69,6 @@ def test_one_hot_labels_are_labels():
     logits, target = torch.randn(8, 3), torch.arange(8) % 3
     soft = torch.nn.functional.one_hot(target, 3).float()
     torch.testing.assert_close(task_cross_entropy(logits, soft), task_cross_entropy(logits, target))
-    assert torch.equal(hard(soft), target)
-    assert torch.equal(hard(target), target)
-    assert hard(None) is None
+    assert torch.equal(hard_labels(soft), target)
+    assert torch.equal(hard_labels(target), target)
+    assert hard_labels(None) is None

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_kd.functional import pooled
-from lightning_kd.knowledge import Ensemble, Knowledge
+from lightning_kd.functional import global_average_pool
 from lightning_kd.losses import (
     FEED,
     MEAL,
@@ -20,6 +19,7 @@ from lightning_kd.losses import (
     KnowledgeFlow,
     Relational,
 )
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from tests import reference
 
 MAKE = {
@@ -38,12 +38,12 @@ MAKE = {
 
 def knowledge(width, size=4, batch=3, grad=False, classes=4):
     feature = torch.randn(batch, width, size, size).requires_grad_(grad)
-    logits = pooled(feature) @ torch.randn(width, classes)
-    return Knowledge(logits, {"a": feature})
+    logits = global_average_pool(feature) @ torch.randn(width, classes)
+    return NetworkOutput(logits, {"a": feature})
 
 
 def uniform(members):
-    return Ensemble(members, torch.full((len(members),), 1 / len(members)))
+    return TeacherOutputs(members, torch.full((len(members),), 1 / len(members)))
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -93,7 +93,7 @@ def test_identical_teachers_give_the_single_teacher_loss(name):
 def test_losses_without_adapters_are_the_weighted_mean_of_the_reference(name, slow):
     student, teachers = knowledge(3), [knowledge(4), knowledge(2)]
     weights = torch.tensor([[0.9, 0.3, 0.6], [0.1, 0.7, 0.4]])  # of samples; their mean counts here
-    got = MAKE[name]()(student, Ensemble(teachers, weights.mean(1)), None)
+    got = MAKE[name]()(student, TeacherOutputs(teachers, weights.mean(1)), None)
 
     def flat(k):
         return k.features["a"] if name == "nst" else k.features["a"].flatten(1)
@@ -101,7 +101,7 @@ def test_losses_without_adapters_are_the_weighted_mean_of_the_reference(name, sl
     each = [slow(flat(student), flat(t)) for t in teachers]
     torch.testing.assert_close(got, 0.6 * each[0] + 0.4 * each[1], rtol=1e-4, atol=1e-6)
     if name != "nst":
-        per_sample = MAKE[name]()(student, Ensemble(teachers, weights), None)
+        per_sample = MAKE[name]()(student, TeacherOutputs(teachers, weights), None)
         torch.testing.assert_close(per_sample, got)
 
 
@@ -125,7 +125,9 @@ def test_meal_pushes_the_student_towards_what_the_discriminator_calls_a_teacher(
     feature = student.features["a"]
 
     def told_apart(x):
-        return F.softplus(loss.discriminators[0](loss.projections[0](pooled(x)))).mean()
+        return F.softplus(
+            loss.discriminators[0](loss.projections[0](global_average_pool(x)))
+        ).mean()
 
     before = told_apart(feature)
     with torch.no_grad():
@@ -135,7 +137,10 @@ def test_meal_pushes_the_student_towards_what_the_discriminator_calls_a_teacher(
     with torch.no_grad():
         for p, g in zip(after.parameters(), discriminator.parameters(), strict=True):
             p -= 0.1 * g.grad
-        mapped, real = loss.projections[0](pooled(feature)), pooled(teacher.features["a"])
+        mapped, real = (
+            loss.projections[0](global_average_pool(feature)),
+            global_average_pool(teacher.features["a"]),
+        )
 
         def bce(d):
             return (F.softplus(-d(real)) + F.softplus(d(mapped))).mean()
@@ -147,8 +152,8 @@ def test_meal_similarity_is_the_divergence_of_softmaxed_features():
     loss = MEAL("a", "a", adversarial_weight=0.0)
     student, teacher = knowledge(3), knowledge(4)
     loss.build(student, [teacher])
-    mapped = loss.projections[0](pooled(student.features["a"]))
-    wanted = reference.kl_divergence(mapped, pooled(teacher.features["a"])).mean()
+    mapped = loss.projections[0](global_average_pool(student.features["a"]))
+    wanted = reference.kl_divergence(mapped, global_average_pool(teacher.features["a"])).mean()
     torch.testing.assert_close(loss(student, uniform([teacher]), None), wanted)
 
 
@@ -157,10 +162,10 @@ def test_learned_gram_weights_follow_the_agreement_with_the_gradient_of_the_labe
     clean = F.one_hot(labels, 3).float()
     for seed in range(10):
         torch.manual_seed(seed)
-        good, bad = (Knowledge(clean, {"a": f}) for f in (clean, torch.randn(12, 3)))
+        good, bad = (NetworkOutput(clean, {"a": f}) for f in (clean, torch.randn(12, 3)))
         loss = GramLoss("a", "a", learn_weights=True, learning_rate=0.05)
         feature = torch.randn(12, 3, requires_grad=True)
-        student = Knowledge(3 * feature, {"a": feature})
+        student = NetworkOutput(3 * feature, {"a": feature})
         loss.build(student, [good, bad])
         loss(student, uniform([good, bad]), labels).backward()
         task = torch.autograd.grad(F.cross_entropy(3 * feature, labels), feature)[0].flatten()
@@ -178,7 +183,7 @@ def test_learned_gram_weights_follow_the_agreement_with_the_gradient_of_the_labe
 def test_learned_gram_weights_need_a_layer_that_the_logits_depend_on():
     loss = GramLoss("a", "a", learn_weights=True)
     teacher, feature = knowledge(3), torch.randn(3, 2, requires_grad=True)
-    student = Knowledge(torch.randn(3, 4, requires_grad=True), {"a": feature})
+    student = NetworkOutput(torch.randn(3, 4, requires_grad=True), {"a": feature})
     loss.build(student, [teacher])
     with pytest.raises(ValueError, match="depend on 'a'"):
         loss(student, uniform([teacher]), torch.tensor([0, 1, 2]))
@@ -189,22 +194,22 @@ def test_knowledge_flow_mixes_only_while_training_and_lets_go_of_the_teachers(ti
     student.eval()
     alone = student(x)
     loss = KnowledgeFlow("relu", "relu", weight=1.0)
-    mine = Knowledge(alone, {"relu": torch.randn(3, 4, 4, 4)})
-    teachers = [Knowledge(alone, {"relu": torch.randn(3, w, 4, 4)}) for w in (5, 6)]
+    mine = NetworkOutput(alone, {"relu": torch.randn(3, 4, 4, 4)})
+    teachers = [NetworkOutput(alone, {"relu": torch.randn(3, w, 4, 4)}) for w in (5, 6)]
     loss.build(mine, teachers)
     loss.attach(student, [])
     assert torch.equal(student(x), alone)
-    loss.before(teachers, (0, 1))
+    loss.before_student(teachers, (0, 1))
     mixed = student(x)
     assert not torch.allclose(mixed, alone)
-    value = loss(Knowledge(mixed), uniform(teachers), None)
+    value = loss(NetworkOutput(mixed), uniform(teachers), None)
     assert float(value) == pytest.approx(torch.log(torch.tensor(3.0)).item())  # -log(1 / 3)
     (mixed.sum() + value).backward()
     assert all(p.grad is not None for p in loss.parameters())
     assert torch.equal(student(x), alone)  # after the loss nobody flows in
     with torch.no_grad():
         loss.scores[0] = 30.0
-    loss.before(teachers, (0, 1))
+    loss.before_student(teachers, (0, 1))
     torch.testing.assert_close(student(x), alone, atol=1e-4, rtol=1e-4)
     assert float(loss.independence) > 0.999
     twin = copy.deepcopy(student)  # an export
@@ -214,13 +219,13 @@ def test_knowledge_flow_mixes_only_while_training_and_lets_go_of_the_teachers(ti
 def test_knowledge_flow_of_one_of_two_teachers_uses_its_own_projection(tiny):
     student, x = tiny(4).eval(), torch.randn(2, 1, 8, 8)
     loss = KnowledgeFlow("relu", "relu")
-    teachers = [Knowledge(student(x), {"relu": torch.randn(2, w, 4, 4)}) for w in (5, 6)]
-    loss.build(Knowledge(student(x), {"relu": torch.randn(2, 4, 4, 4)}), teachers)
+    teachers = [NetworkOutput(student(x), {"relu": torch.randn(2, w, 4, 4)}) for w in (5, 6)]
+    loss.build(NetworkOutput(student(x), {"relu": torch.randn(2, 4, 4, 4)}), teachers)
     loss.attach(student, [])
-    loss.before(teachers[1:], (1,))
+    loss.before_student(teachers[1:], (1,))
     assert student(x).isfinite().all()
-    only = Ensemble(teachers[1:], torch.ones(1), "probability", (1,))
-    value = loss(Knowledge(student(x)), only, None)
+    only = TeacherOutputs(teachers[1:], torch.ones(1), "probability", (1,))
+    value = loss(NetworkOutput(student(x)), only, None)
     assert float(value) == pytest.approx(torch.log(torch.tensor(2.0)).item())
 
 
@@ -245,8 +250,8 @@ def test_graph_feature_distances():
     for distance in ("cosine", "mmd"):
         loss = GraphDistillation("a", "a", distance=distance, logit_weight=0.0)
         loss.build(student, [teacher])
-        s = loss.projections[0](pooled(student.features["a"]))
-        t = pooled(teacher.features["a"])
+        s = loss.projections[0](global_average_pool(student.features["a"]))
+        t = global_average_pool(teacher.features["a"])
         if distance == "cosine":
             wanted = sum(1 - (a @ b) / (a.norm() * b.norm()) for a, b in zip(s, t, strict=True)) / 3
         else:
@@ -262,8 +267,8 @@ def test_confident_hint_weighs_by_the_teachers_own_classifiers(tiny):
     networks = [tiny(6).eval().requires_grad_(False), tiny(8).eval().requires_grad_(False)]
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     flat = [network.relu(network.bn(network.conv(x))).flatten(1) for network in networks]
-    teachers = [Knowledge(n(x), {"f": f}) for n, f in zip(networks, flat, strict=True)]
-    student = Knowledge(torch.randn(4, 10), {"s": torch.randn(4, 5, requires_grad=True)})
+    teachers = [NetworkOutput(n(x), {"f": f}) for n, f in zip(networks, flat, strict=True)]
+    student = NetworkOutput(torch.randn(4, 10), {"s": torch.randn(4, 5, requires_grad=True)})
     loss = ConfidentHint("s", "f", "linear")
     loss.build(student, teachers)
     loss.attach(None, networks)
@@ -290,7 +295,7 @@ def test_half_precision_features_stay_finite(name, dtype):
 
     def half(k):
         feature = (100 * k.features["a"]).to(dtype)
-        return Knowledge(pooled(feature)[:, :2].repeat(1, 2), {"a": feature})
+        return NetworkOutput(global_average_pool(feature)[:, :2].repeat(1, 2), {"a": feature})
 
     with torch.autocast("cpu", dtype):
         value = loss(half(student), uniform([half(t) for t in teachers]), torch.tensor([0, 1, 2]))

@@ -31,8 +31,8 @@ def test_each_head_learns_from_its_teacher(shares):
     module = build(weighting=None if shares is None else Fixed(shares))
     module.student.eval()
     twin = copy.deepcopy(module.student)
-    module.prepare(IMAGES)
-    loss = module.step(IMAGES, None)["head_target"]
+    module._build(IMAGES)
+    loss = module.compute_losses(IMAGES, None)["head_target"]
     slow = 0.0
     for m, head in enumerate(twin.answers(IMAGES)):
         said = module.teachers[m].network(IMAGES).detach()
@@ -70,10 +70,10 @@ def test_a_pretrained_student_is_trained_not_only_evaluated(make_trainer, digits
 def test_a_copy_reads_its_own_heads():
     """Branches are graph modules, whose copies lose their hooks."""
     module = build(teachers=3)
-    module.prepare(IMAGES)
+    module._build(IMAGES)
     twin = copy.deepcopy(module)
     target = torch.arange(5)
-    mine, theirs = (m.train().step(IMAGES, target) for m in (module, twin))
+    mine, theirs = (m.train().compute_losses(IMAGES, target) for m in (module, twin))
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value)
     theirs["head_target"].backward()
@@ -82,12 +82,12 @@ def test_a_copy_reads_its_own_heads():
 
 def test_wrong_heads_are_told():
     with pytest.raises(ValueError, match="head for each of 2 teachers, got heads=3"):
-        build(teachers=2).prepare(IMAGES)
+        build(teachers=2)._build(IMAGES)
     with pytest.raises(ValueError, match=r"branches\.3"):
-        build(heads=4, teachers=4).prepare(IMAGES)
+        build(heads=4, teachers=4)._build(IMAGES)
     three = MultiBranch(network(0).float(), "layer2", 3)
     module = MultiTeacher(three, [network(s).float() for s in (1, 2)], [HeadTarget(2)])
     with pytest.raises(ValueError, match="student of 2 branches, got 3"):
-        module.prepare(IMAGES.float())
+        module._build(IMAGES.float())
     with pytest.raises(ValueError, match="temperature"):
         HeadTarget(2, temperature=0.0)

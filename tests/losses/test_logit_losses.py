@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_kd import Teacher
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import DecoupledKL, LogitStandardization, SoftTarget, SubsetTarget
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from tests import reference
 
 
@@ -15,12 +15,12 @@ def logits(batch=3, classes=4, scale=3.0):
 
 def uniform(*members):
     count = len(members)
-    return Ensemble(members, torch.full((count,), 1 / count, dtype=torch.float64))
+    return TeacherOutputs(members, torch.full((count,), 1 / count, dtype=torch.float64))
 
 
 def gradient(loss, s, teachers, y):
     s = s.clone().requires_grad_()
-    value = loss(Knowledge(s), teachers, y)
+    value = loss(NetworkOutput(s), teachers, y)
     value.backward()
     return value.detach(), s.grad
 
@@ -30,9 +30,9 @@ def test_decoupled_of_several_teachers_is_of_their_mean_answer():
     mean = ((a / 4).softmax(1) + (b / 4).softmax(1)).log() * 4
     wanted = 16 * reference.decoupled_kl(s, mean, y, 4.0, 1.0, 8.0).mean()
     torch.testing.assert_close(
-        DecoupledKL()(Knowledge(s), uniform(*map(Knowledge, (a, b))), y), wanted
+        DecoupledKL()(NetworkOutput(s), uniform(*map(NetworkOutput, (a, b))), y), wanted
     )
-    assert DecoupledKL()(Knowledge(s), uniform(Knowledge(a)), None).isfinite()
+    assert DecoupledKL()(NetworkOutput(s), uniform(NetworkOutput(a)), None).isfinite()
 
 
 def test_logit_standardization_equals_the_reference_and_ignores_scale_and_shift():
@@ -40,8 +40,8 @@ def test_logit_standardization_equals_the_reference_and_ignores_scale_and_shift(
     z_s, z_t = reference.standardize(s), reference.standardize(t)
     wanted = 4 * reference.kl_divergence(z_s, z_t, 2.0, 2.0).mean()
     loss = LogitStandardization()
-    torch.testing.assert_close(loss(Knowledge(s), uniform(Knowledge(t)), None), wanted)
-    shifted = loss(Knowledge(5 * s + 2), uniform(Knowledge(0.1 * t - 7)), None)
+    torch.testing.assert_close(loss(NetworkOutput(s), uniform(NetworkOutput(t)), None), wanted)
+    shifted = loss(NetworkOutput(5 * s + 2), uniform(NetworkOutput(0.1 * t - 7)), None)
     torch.testing.assert_close(shifted, wanted, rtol=1e-4, atol=0)
 
 
@@ -53,8 +53,8 @@ def test_subset_target_slices_and_renormalises_the_student(weights):
     for answer, own in zip(answers, classes, strict=True):
         wide = torch.full((3, 5), -torch.inf, dtype=torch.float64)
         wide[:, own] = answer
-        members.append(Knowledge(wide))
-    teachers = Ensemble(members, torch.tensor(weights, dtype=torch.float64))
+        members.append(NetworkOutput(wide))
+    teachers = TeacherOutputs(members, torch.tensor(weights, dtype=torch.float64))
     wanted = 16 * sum(
         w * reference.subset_kl(s, answer, own, 4.0).mean()
         for w, answer, own in zip(weights, answers, classes, strict=True)
@@ -65,17 +65,23 @@ def test_subset_target_slices_and_renormalises_the_student(weights):
     # exact answers of overlapping subsets have the joint posterior as their only common fit
     joint = s.softmax(1)
     exact = [
-        Knowledge(joint.log().masked_fill(m.logits == -torch.inf, -torch.inf)) for m in members
+        NetworkOutput(joint.log().masked_fill(m.logits == -torch.inf, -torch.inf)) for m in members
     ]
-    assert float(SubsetTarget()(Knowledge(s), uniform(*exact), None)) == pytest.approx(0, abs=1e-9)
-    assert float(SoftTarget()(Knowledge(s), uniform(*exact), None)) > 0.01  # zero-padding is biased
+    assert float(SubsetTarget()(NetworkOutput(s), uniform(*exact), None)) == pytest.approx(
+        0, abs=1e-9
+    )
+    assert (
+        float(SoftTarget()(NetworkOutput(s), uniform(*exact), None)) > 0.01
+    )  # zero-padding is biased
 
 
 def test_subset_target_may_ask_only_about_own_samples():
     s = logits(2, 3)
     teacher = torch.tensor([[1.0, 2.0, -torch.inf]] * 2, dtype=torch.float64)
     y = torch.tensor([0, 2])
-    value = SubsetTarget(1.0, own_samples=True)(Knowledge(s), uniform(Knowledge(teacher)), y)
+    value = SubsetTarget(1.0, own_samples=True)(
+        NetworkOutput(s), uniform(NetworkOutput(teacher)), y
+    )
     wanted = reference.subset_kl(s[:1], teacher[:1, :2], [0, 1], 1.0).sum() / 2
     torch.testing.assert_close(value, wanted)
 
@@ -86,7 +92,7 @@ def test_subset_target_may_ask_only_about_own_samples():
 def test_extreme_logits_and_half_precision_stay_finite(loss, batch, classes, dtype):
     s = (30 * torch.sign(torch.randn(batch, classes))).to(dtype)
     t = (30 * torch.sign(torch.randn(batch, classes))).to(dtype)
-    value, grad = gradient(loss, s, uniform(Knowledge(t)), torch.zeros(batch, dtype=torch.long))
+    value, grad = gradient(loss, s, uniform(NetworkOutput(t)), torch.zeros(batch, dtype=torch.long))
     assert value.dtype == torch.float32
     assert torch.isfinite(value)
     assert torch.isfinite(grad).all()

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import AttentionTransfer, DistillationLoss, Hint, LogitMSE, SoftTarget
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from tests import reference
 
 
@@ -14,7 +14,7 @@ def logits(batch=3, classes=4):
 def ensemble(members, weights=None, space="probability"):
     if weights is None:
         weights = torch.full((len(members),), 1 / len(members), dtype=torch.float64)
-    return Ensemble(members, weights, space)
+    return TeacherOutputs(members, weights, space)
 
 
 def maps(channels, size=4, batch=2):
@@ -32,7 +32,7 @@ def test_soft_target_equals_reference(per_sample, num_teachers, batch):
     results = []
     for function in (
         lambda s: SoftTarget(4.0)(
-            Knowledge(s), ensemble([Knowledge(t) for t in teachers], weights), None
+            NetworkOutput(s), ensemble([NetworkOutput(t) for t in teachers], weights), None
         ),
         lambda s: reference.soft_target(s, teachers, weights, 4.0),
     ):
@@ -44,11 +44,11 @@ def test_soft_target_equals_reference(per_sample, num_teachers, batch):
 
 
 def test_the_square_of_the_temperature_appears_once_and_only_on_request():
-    s, t = Knowledge(logits()), ensemble([Knowledge(logits())])
+    s, t = NetworkOutput(logits()), ensemble([NetworkOutput(logits())])
     plain = SoftTarget(3.0, temperature_squared=False)(s, t, None)
     torch.testing.assert_close(SoftTarget(3.0)(s, t, None), 9 * plain)
     rusu = SoftTarget(1.0, teacher_temperature=0.01, temperature_squared=False)(s, t, None)
-    right = reference.kl_divergence(s.logits, t.members[0].logits, 1.0, 0.01).mean()
+    right = reference.kl_divergence(s.logits, t.outputs[0].logits, 1.0, 0.01).mean()
     torch.testing.assert_close(rusu, right.nan_to_num(), rtol=1e-6, atol=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_soft_target_is_the_value_of_hintons_published_formula():
     s, t = logits(), logits()
     published = F.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="sum") * 16 / len(s)
     torch.testing.assert_close(
-        SoftTarget(4.0)(Knowledge(s), ensemble([Knowledge(t)]), None), published
+        SoftTarget(4.0)(NetworkOutput(s), ensemble([NetworkOutput(t)]), None), published
     )
 
 
@@ -73,8 +73,8 @@ def test_soft_target_is_the_value_of_hintons_published_formula():
 @pytest.mark.parametrize("space", ["probability", "logit"])
 def test_identical_teachers_give_the_single_teacher_loss(make, space):
     """CA-MKD divides by the number of teachers once more."""
-    student = Knowledge(logits(), {"a": maps(3, batch=3)})
-    teacher = Knowledge(logits(), {"a": maps(3, batch=3)})
+    student = NetworkOutput(logits(), {"a": maps(3, batch=3)})
+    teacher = NetworkOutput(logits(), {"a": maps(3, batch=3)})
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     one = make()(student, ensemble([teacher]), None)
     three = make()(student, ensemble([teacher] * 3, weights, space), None)
@@ -84,8 +84,11 @@ def test_identical_teachers_give_the_single_teacher_loss(make, space):
 @pytest.mark.parametrize("power", [1, 2])
 def test_hint_sizes_one_adapter_for_each_teacher_and_trains_it(power):
     loss = Hint("a", ["b", "c"], power=power)
-    student = Knowledge(logits(2), {"a": maps(3, 8).requires_grad_()})
-    teachers = [Knowledge(logits(2), {"b": maps(5, 4)}), Knowledge(logits(2), {"c": maps(2, 16)})]
+    student = NetworkOutput(logits(2), {"a": maps(3, 8).requires_grad_()})
+    teachers = [
+        NetworkOutput(logits(2), {"b": maps(5, 4)}),
+        NetworkOutput(logits(2), {"c": maps(2, 16)}),
+    ]
     loss.build(student, teachers)
     value = loss(student, ensemble(teachers), None)
     value.backward()
@@ -98,8 +101,8 @@ def test_hint_sizes_one_adapter_for_each_teacher_and_trains_it(power):
 
 
 def test_hint_and_attention_average_over_teachers_by_their_weights():
-    student = Knowledge(logits(2), {"a": maps(3)})
-    teachers = [Knowledge(logits(2), {"a": maps(3)}) for _ in range(2)]
+    student = NetworkOutput(logits(2), {"a": maps(3)})
+    teachers = [NetworkOutput(logits(2), {"a": maps(3)}) for _ in range(2)]
     weights = torch.tensor([[0.9, 0.2], [0.1, 0.8]])
     got = Hint("a", "a", adapter=False)(student, ensemble(teachers, weights), None)
     each = [reference.hint_distance(student.features["a"], t.features["a"], 2) for t in teachers]
@@ -111,10 +114,10 @@ def test_hint_and_attention_average_over_teachers_by_their_weights():
 
 def test_hint_finds_its_adapter_when_a_teacher_did_not_run():
     loss = Hint("a", "a")
-    student = Knowledge(logits(2), {"a": maps(3)})
-    teachers = [Knowledge(logits(2), {"a": maps(c)}) for c in (4, 5)]
+    student = NetworkOutput(logits(2), {"a": maps(3)})
+    teachers = [NetworkOutput(logits(2), {"a": maps(c)}) for c in (4, 5)]
     loss.build(student, teachers)
-    only = Ensemble([teachers[1]], torch.ones(1), "probability", (1,))
+    only = TeacherOutputs([teachers[1]], torch.ones(1), "probability", (1,))
     assert loss(student, only, None).isfinite()
 
 
@@ -131,7 +134,7 @@ def test_missing_layer_names_and_wrong_power_are_told():
     with pytest.raises(ValueError, match="power 1 or 2"):
         Hint("a", "b", power=3)
     with pytest.raises(KeyError, match="was not recorded"):
-        Knowledge(logits()).feature("x")
+        NetworkOutput(logits()).feature("x")
 
 
 def test_names_are_snake_case():
@@ -147,8 +150,8 @@ def test_names_are_snake_case():
 def test_two_teachers_give_the_golden_probability_mean():
     """Public code (dvornikita/fewshot_ensemble) averages logits where it means probabilities."""
     teachers = [
-        Knowledge(torch.tensor([[0.9, 0.1]]).log()),
-        Knowledge(torch.tensor([[0.2, 0.8]]).log()),
+        NetworkOutput(torch.tensor([[0.9, 0.1]]).log()),
+        NetworkOutput(torch.tensor([[0.2, 0.8]]).log()),
     ]
     mean = ensemble(teachers).log_probabilities().exp()
     torch.testing.assert_close(mean, torch.tensor([[0.55, 0.45]]))
@@ -162,5 +165,5 @@ def test_the_gradient_does_not_shrink_with_the_number_of_classes(classes):
     z = torch.zeros(1, classes, requires_grad=True)
     teacher = torch.full((1, classes), -100.0)
     teacher[0, 0] = 0.0
-    SoftTarget(1.0)(Knowledge(z), ensemble([Knowledge(teacher)]), None).backward()
+    SoftTarget(1.0)(NetworkOutput(z), ensemble([NetworkOutput(teacher)]), None).backward()
     assert float(z.grad[0, 0]) == pytest.approx(1 / classes - 1)

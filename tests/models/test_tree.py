@@ -11,7 +11,7 @@ from lightning_kd.exchange import Hierarchical
 from lightning_kd.losses import SoftTarget
 from lightning_kd.models import Tree, pretrained, resnet14
 from tests import reference
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 
 LAYERS = ["layer1", "layer2"]
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -122,8 +122,8 @@ def test_hierarchical_loss_equals_the_reference_with_gradients(leaf_weight):
     module = PeerCohort(
         [made], Hierarchical(leaf_weight), [SoftTarget(2.0, weight=0.4)], task_weight=0.6
     )
-    module.eval().prepare(images)  # a cohort puts its peers into train mode
-    terms = module.step(images, target)
+    module.eval()._build(images)  # a cohort puts its peers into train mode
+    terms = module.compute_losses(images, target)
     loss = torch.stack(list(terms.values())).sum()
     leaves = list(twin.leaves(images))
     nested = [torch.stack(leaves[:count]).mean(0) for count in (1, 2, 4)]
@@ -136,9 +136,9 @@ def test_hierarchical_loss_equals_the_reference_with_gradients(leaf_weight):
 
 def test_leaves_without_labels_or_with_a_negative_weight():
     module = PeerCohort([tree()], Hierarchical(0.5), [SoftTarget(2.0)], task_weight=0.0)
-    module.prepare(IMAGES)
-    assert "leaves/task" in module.step(IMAGES, torch.zeros(5, dtype=torch.int64))
-    assert "leaves/task" not in module.step(IMAGES, None)
+    module._build(IMAGES)
+    assert "leaves/task" in module.compute_losses(IMAGES, torch.zeros(5, dtype=torch.int64))
+    assert "leaves/task" not in module.compute_losses(IMAGES, None)
     with pytest.raises(ValueError, match="leaf_weight >= 0"):
         Hierarchical(-1.0)
 
@@ -146,27 +146,27 @@ def test_leaves_without_labels_or_with_a_negative_weight():
 def test_leaves_learn_soft_and_dense_labels():
     soft = torch.rand(5, 10).softmax(1)
     module = PeerCohort([tree()], Hierarchical(1.0), [SoftTarget(2.0)], task_weight=0.0)
-    module.eval().prepare(IMAGES)
-    terms = module.step(IMAGES, soft)
+    module.eval()._build(IMAGES)
+    terms = module.compute_losses(IMAGES, soft)
     leaves = module.peers.branch.leaves(IMAGES)
     expected = sum(-(soft * leaf.log_softmax(1)).sum(1).mean() for leaf in leaves)
     torch.testing.assert_close(terms["leaves/task"], expected)
     dense = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
     module = PeerCohort([Tree(dense, ["1"])], Hierarchical(1.0), [SoftTarget(2.0)])
-    module.eval().prepare(IMAGES)
+    module.eval()._build(IMAGES)
     places = torch.randint(0, 3, (5, *IMAGES.shape[2:]))
     expected = sum(
         nn.functional.cross_entropy(leaf, places) for leaf in module.peers.branch.leaves(IMAGES)
     )
-    torch.testing.assert_close(module.step(IMAGES, places)["leaves/task"], expected)
+    torch.testing.assert_close(module.compute_losses(IMAGES, places)["leaves/task"], expected)
 
 
 def test_every_leaf_learns_whatever_their_number():
     made = tree(models=3)
     assert made.sizes == [1, 2, 3]
     module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0)])
-    module.prepare(IMAGES)
-    torch.stack(list(module.step(IMAGES, torch.zeros(5).long()).values())).sum().backward()
+    module._build(IMAGES)
+    torch.stack(list(module.compute_losses(IMAGES, torch.zeros(5).long()).values())).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
     smaller = made.eval().branch_network(2)
     smaller.load_state_dict(made.branch_state(2, made.state_dict()))
@@ -176,8 +176,8 @@ def test_every_leaf_learns_whatever_their_number():
 def test_the_full_ensemble_learns_nothing_from_teaching():
     made = tree()
     module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0)], task_weight=0.0)
-    module.prepare(IMAGES)
-    loss = torch.stack(list(module.step(IMAGES, None).values())).sum()
+    module._build(IMAGES)
+    loss = torch.stack(list(module.compute_losses(IMAGES, None).values())).sum()
     loss.backward()
     last = made.trunk.levels[-1][3]  # in the full ensemble alone
     assert not any(p.grad.any() for p in last.parameters())

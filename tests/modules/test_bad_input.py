@@ -122,9 +122,9 @@ def test_weights_that_are_none_are_told(weights, message, make_module):
             return weights
 
     module = make_module(weighting=Strange())
-    module.prepare(torch.zeros(1, 1, 8, 8))
+    module._build(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match=f"Expected Strange to return weights.*{message}"):
-        module.step(torch.rand(4, 1, 8, 8), torch.arange(4))
+        module.compute_losses(torch.rand(4, 1, 8, 8), torch.arange(4))
 
 
 def test_losses_that_are_no_list_are_told(make_module):

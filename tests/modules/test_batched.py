@@ -20,12 +20,12 @@ def test_batched_step_equals_separate_ones(tiny, exchange, view):
     together = PeerCohort(copy.deepcopy(networks), exchange(), view=view, batched=True)
     x, y = torch.rand(6, 1, 8, 8).double(), torch.tensor([0, 1, 2, -1, 3, 4])
     for module in (apart, together):
-        module.prepare(x.float())
+        module._build(x.float())
         module.double()
     together.load_state_dict(apart.state_dict())
     for module in (apart, together):
         for _ in range(2):
-            terms = module.step(x, y)
+            terms = module.compute_losses(x, y)
         sum(terms.values()).backward()
     for (name, p), q in zip(apart.named_parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-12, msg=name)
@@ -65,7 +65,7 @@ def test_batched_run_equals_a_separate_one(tiny, make_trainer, digits, exchange,
 def test_dropout_differs_between_batched_peers(tiny):
     network = tiny(4, dropout=0.5)
     module = PeerCohort([network, copy.deepcopy(network)], batched=True)
-    module.prepare(torch.rand(2, 1, 8, 8))
+    module._build(torch.rand(2, 1, 8, 8))
     one, two = module.peers([torch.rand(4, 1, 8, 8)] * 2)
     assert not torch.equal(one.logits, two.logits)
 
@@ -80,4 +80,4 @@ def test_dropout_differs_between_batched_peers(tiny):
 )
 def test_peers_that_cannot_be_batched_are_refused(tiny, peers, options, message):
     with pytest.raises(ValueError, match=message):
-        PeerCohort(peers(tiny), batched=True, **options).prepare(torch.rand(2, 1, 8, 8))
+        PeerCohort(peers(tiny), batched=True, **options)._build(torch.rand(2, 1, 8, 8))

@@ -72,10 +72,10 @@ def test_batched_peers_refuse_what_one_run_cannot_do(tiny):
     with pytest.raises(ValueError, match="run apart"):
         PeerCohort([tiny(4), tiny(4)], batched=True, teachers=[tiny(4)], teacher_losses=[flow])
     module = PeerCohort([tiny(4), tiny(4)], batched=True)
-    module.prepare(torch.rand(2, 1, 8, 8))
+    module._build(torch.rand(2, 1, 8, 8))
     module.peers.networks[1].bn.eval()
     with pytest.raises(ValueError, match="one mode"):
-        module.step(torch.rand(4, 1, 8, 8), torch.arange(4))
+        module.compute_losses(torch.rand(4, 1, 8, 8), torch.arange(4))
 
 
 class FunctionalDropout(nn.Module):
@@ -104,7 +104,7 @@ def test_means_of_a_broken_run_do_not_reach_the_next(tiny, make_trainer):
     with pytest.raises(RuntimeError, match="stop"):
         make_trainer(callbacks=[Breaks()]).fit(module, loader(32))
     twin = PeerCohort([tiny(4), tiny(4)])
-    twin.prepare(torch.rand(2, 1, 8, 8))
+    twin._build(torch.rand(2, 1, 8, 8))
     twin.load_state_dict(module.state_dict())
     ends = []
     for one in (module, twin):
@@ -146,9 +146,9 @@ def test_a_last_batch_of_one_sample_is_taken(make_trainer, exchange):
 
 def test_a_frozen_peer_has_no_process_of_its_own(tiny):
     module = PeerCohort([tiny(4), tiny(4).requires_grad_(False)])
-    module.own(0, 2)
+    module.distillation.own(0, 2)
     with pytest.raises(ValueError, match="without a parameter"):
-        module.own(1, 2)
+        module.distillation.own(1, 2)
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"update": "sequential"}])

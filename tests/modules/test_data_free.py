@@ -13,23 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_kd import Teacher
 from lightning_kd.callbacks import ChannelsLast, ReplayBuffer
 from lightning_kd.data import Digits, Rounds
-from lightning_kd.functional import kl_divergence
-from lightning_kd.inversion import (
+from lightning_kd.data_free.generators import Generator, MetaGenerator, Noise, Pixels
+from lightning_kd.data_free.image_losses import (
     Activation,
     Adversarial,
     BatchNormStatistics,
     ClassBalance,
     Contrastive,
-    InversionTerm,
+    ImageLoss,
     OneHot,
     TotalVariation,
 )
+from lightning_kd.data_free.replay import Memory, Prioritized, Uniform
+from lightning_kd.data_free.targets import TeacherLabels
+from lightning_kd.functional import kl_divergence
 from lightning_kd.losses import AttentionTransfer
 from lightning_kd.models import ImageGenerator
 from lightning_kd.modules import DataFree
-from lightning_kd.replay import Memory, Prioritized, Uniform
-from lightning_kd.sources import Generator, MetaGenerator, Noise, Pixels, TeacherLabels
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 
 
 def network():
@@ -51,7 +52,7 @@ VIEWS = {"flip": True, "views": 2}
 
 @pytest.fixture
 def build(tiny):
-    def make(source="fomaml", seed=1, **options):
+    def make(generator="fomaml", seed=1, **options):
         torch.manual_seed(0)
         teacher = tiny(8)
         torch.manual_seed(seed)
@@ -61,7 +62,7 @@ def build(tiny):
             Adversarial(1.0, masked=False),
         ]
         defaults = {
-            "terms": [] if source == "noise" else terms, "round_images": 16, "source_steps": 2,
+            "image_losses": [] if source == "noise" else terms, "round_images": 16, "generator_steps": 2,
             "student_steps": 3, "batch_size": 8, "warm_up": 1, "temperature": 4.0,
         }  # fmt: skip
         return DataFree(tiny(4), teacher, SOURCES[source](), **{**defaults, **options})
@@ -111,8 +112,8 @@ def test_inversion_leaves_the_student_alone(build, make_trainer):
     fresh = build(warm_up=100)
     assert_equal(dict(fresh.student.state_dict()), dict(module.student.state_dict()))
     assert all(p.grad is None or not p.grad.any() for p in module.student.parameters())
-    start = fresh.source.state_dict()
-    assert any(not torch.equal(start[k], v) for k, v in module.source.state_dict().items())
+    start = fresh.synthesizer.generator.state_dict()
+    assert any(not torch.equal(start[k], v) for k, v in module.synthesizer.generator.state_dict().items())
 
 
 @pytest.mark.parametrize("source", ["generator", "fomaml", "reptile", "pixels"])
@@ -150,18 +151,18 @@ def test_equal_seeds_give_equal_runs_whatever_else_draws(build, make_trainer):
 
 METHODS = {
     "dafl": {
-        "source": "generator", "reuse": True, "student_steps": 1, "source_steps": 1,
+        "generator": "generator", "reuse": True, "student_steps": 1, "generator_steps": 1,
         "targets": TeacherLabels(),
-        "terms": [OneHot(1.0), ClassBalance(5.0), Activation("relu", 0.1)],
+        "image_losses": [OneHot(1.0), ClassBalance(5.0), Activation("relu", 0.1)],
     },
-    "dfad": {"source": "generator", "distance": "l1", "terms": [Adversarial(1.0, "l1")]},
+    "dfad": {"generator": "generator", "distance": "l1", "image_losses": [Adversarial(1.0, "l1")]},
     "zskt": {
-        "source": "generator", "reuse": True, "terms": [Adversarial(1.0)],
+        "generator": "generator", "reuse": True, "image_losses": [Adversarial(1.0)],
         "losses": [AttentionTransfer("relu", "relu", weight=10.0)],
     },
     "js": {
-        "source": "generator", "distance": "mse",
-        "terms": [Adversarial(1.0, "js"), TotalVariation(0.1)],
+        "generator": "generator", "distance": "mse",
+        "image_losses": [Adversarial(1.0, "js"), TotalVariation(0.1)],
     },
 }  # fmt: skip
 
@@ -174,7 +175,7 @@ def test_methods_without_a_memory(build, make_trainer, method):
     trainer.fit(module, datamodule=rounds())
     assert any(not torch.equal(before[k], v) for k, v in module.student.state_dict().items())
     assert torch.isfinite(trainer.callback_metrics["train/distil"])
-    if "adversarial" in module.terms:  # public code gave the teacher in the student's place
+    if "adversarial" in module.synthesizer.image_losses:  # public code gave the teacher in the student's place
         assert float(trainer.callback_metrics["train/invert/adversarial"]) < -1e-6
 
 
@@ -288,17 +289,17 @@ def test_a_contrastive_term_learns_and_goes_on_bit_for_bit(build, make_trainer, 
 
     def make():
         term = Contrastive(width=8, bank=20, negatives=10)
-        return build("none", terms=[OneHot(), term])
+        return build("none", image_losses=[OneHot(), term])
 
     whole = make()
-    whole.prepare(torch.rand(2, 1, 8, 8))
+    whole._build(torch.rand(2, 1, 8, 8))
     start = weights(whole)
     make_trainer(max_epochs=2, callbacks=[memory()]).fit(whole, datamodule=rounds(3))
     head = [k for k in start if k.startswith("terms.contrastive.head")]
     assert len(head) == 4
     assert not any(torch.equal(start[k], whole.state_dict()[k]) for k in head)
     half = make()
-    half.prepare(torch.rand(2, 1, 8, 8))
+    half._build(torch.rand(2, 1, 8, 8))
     trainer = make_trainer(max_epochs=1, callbacks=[memory()])
     trainer.fit(half, datamodule=rounds(3))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -306,7 +307,7 @@ def test_a_contrastive_term_learns_and_goes_on_bit_for_bit(build, make_trainer, 
     trainer = make_trainer(max_epochs=2, callbacks=[memory()])
     trainer.fit(again, datamodule=rounds(3), ckpt_path=tmp_path / "half.ckpt")
     assert_equal(weights(whole), weights(again))
-    banks = [m.terms["contrastive"].get_extra_state()["bank"] for m in (whole, again)]
+    banks = [m.synthesizer.image_losses["contrastive"].get_extra_state()["bank"] for m in (whole, again)]
     assert torch.equal(*banks)
     assert len(banks[0]) == 20
 
@@ -337,11 +338,11 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
 
     module = DataFree(
         tiny(4), Plain(), Generator(network()), [BatchNormStatistics(), OneHot()],
-        round_images=8, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+        round_images=8, generator_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     with pytest.warns(UserWarning, match="no BatchNorm layers"):
         make_trainer(max_epochs=1).fit(module, datamodule=rounds())
-    assert set(module.terms) == {"one_hot"}
+    assert set(module.synthesizer.image_losses) == {"one_hot"}
 
 
 @pytest.mark.parametrize(
@@ -351,8 +352,8 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
         ({"distance": "cosine"}, '"kl", "l1" or "mse"'),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"views": 2}, "views >= 1 together with"),
-        ({"source": "pixels", "reset_rounds": [3]}, "no reset_rounds with this Pixels"),
-        ({"source": "none", "reset_rounds": [3]}, "no reset_rounds with this MetaGenerator"),
+        ({"generator": "pixels", "reset_rounds": [3]}, "no reset_rounds with this Pixels"),
+        ({"generator": "none", "reset_rounds": [3]}, "no reset_rounds with this MetaGenerator"),
         ({"crop_padding": -1}, "crop_padding >= 0"),
     ],
 )
@@ -373,16 +374,16 @@ def test_a_missing_memory_is_told(build, make_trainer, source, options):
 
 
 def test_parts_of_other_types_are_told(build, tiny):
-    for options in ({"terms": OneHot()}, {"targets": 3}):
+    for options in ({"image_losses": OneHot()}, {"targets": 3}):
         with pytest.raises(TypeError, match=f"Expected {next(iter(options))} of type"):
             build(**options)
     with pytest.raises(TypeError, match="OneHot, the class: add"):
-        build(terms=[OneHot])
+        build(image_losses=[OneHot])
     with pytest.raises(TypeError, match="wrap it in Generator or MetaGenerator"):
         DataFree(tiny(4), tiny(8), network(), [OneHot()])
 
 
-class Mine(InversionTerm):
+class Mine(ImageLoss):
     def __init__(self, answer):
         super().__init__()
         self.answer = answer
@@ -404,7 +405,7 @@ class Mine(InversionTerm):
 )
 def test_mistakes_in_a_term_of_ones_own_are_told(build, make_trainer, answer, error, message):
     trainer = make_trainer(max_epochs=1, callbacks=[memory()])
-    module = build(terms=[Mine(answer)])
+    module = build(image_losses=[Mine(answer)])
     if error is None:
         trainer.fit(module, datamodule=rounds())
         return
@@ -421,7 +422,7 @@ def test_a_run_within_the_warm_up_and_data_that_nobody_uses_are_told(build, make
 
 def test_images_of_another_shape_are_told(build, make_trainer):
     module = build()
-    module.source = Generator(ImageGenerator((3, 8, 8), latent=8, width=4))
+    module.synthesizer.generator = Generator(ImageGenerator((3, 8, 8), latent=8, width=4))
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\).*got \(3, 8, 8\) from Generator"):
         make_trainer(callbacks=[memory()]).fit(module, datamodule=rounds())
 
@@ -438,7 +439,7 @@ def test_a_teacher_of_some_classes_is_refused(tiny):
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
     module = DataFree(student, teacher, Generator(network()), [OneHot()])
     with pytest.raises(ValueError, match="knows all classes"):
-        module.prepare(torch.rand(1, 1, 8, 8))
+        module._build(torch.rand(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize("before", [1, 2, 4])
@@ -505,10 +506,10 @@ class Odd(nn.Module):
 def test_contrastive_counts_the_layers_that_run(tiny, make_trainer):
     module = DataFree(
         tiny(4), Odd(), Generator(network()), [BatchNormStatistics(), Contrastive(width=4)],
-        round_images=8, source_steps=1, student_steps=1, batch_size=8, warm_up=0,
+        round_images=8, generator_steps=1, student_steps=1, batch_size=8, warm_up=0,
     )  # fmt: skip
     make_trainer(max_epochs=1).fit(module, datamodule=rounds())
-    assert module.terms["contrastive"].head[0].in_features == 6
+    assert module.synthesizer.image_losses["contrastive"].head[0].in_features == 6
 
 
 def test_a_term_may_hold_frozen_weights(build, make_trainer):
@@ -517,8 +518,8 @@ def test_a_term_may_hold_frozen_weights(build, make_trainer):
             super().build(description)
             self.head[0].requires_grad_(False)
 
-    module = build(terms=[OneHot(), Fixed(width=4)])
-    module.prepare(torch.rand(1, 1, 8, 8))
+    module = build(image_losses=[OneHot(), Fixed(width=4)])
+    module._build(torch.rand(1, 1, 8, 8))
     start = weights(module)
     make_trainer(max_epochs=1, callbacks=[memory()]).fit(module, datamodule=rounds())
     changed = {k for k, v in weights(module).items() if not torch.equal(v, start[k])}
@@ -528,7 +529,7 @@ def test_a_term_may_hold_frozen_weights(build, make_trainer):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_true_precisions(build, make_trainer, precision):
-    module = build(terms=[BatchNormStatistics(), OneHot(), Adversarial(), Contrastive(width=4)])
+    module = build(image_losses=[BatchNormStatistics(), OneHot(), Adversarial(), Contrastive(width=4)])
     trainer = make_trainer(max_epochs=1, precision=precision, callbacks=[memory()])
     trainer.fit(module, datamodule=rounds())
     assert torch.isfinite(trainer.callback_metrics["train/distil"])
@@ -588,10 +589,10 @@ from tests.conftest import TinyNet
 from lightning_kd import DataFree
 from lightning_kd.callbacks import ReplayBuffer
 from lightning_kd.data import Rounds
-from lightning_kd.inversion import Adversarial, BatchNormStatistics, Contrastive, OneHot
+from lightning_kd.data_free.image_losses import Adversarial, BatchNormStatistics, Contrastive, OneHot
 from lightning_kd.models import ImageGenerator
-from lightning_kd.replay import Prioritized
-from lightning_kd.sources import Generator, MetaGenerator
+from lightning_kd.data_free.replay import Prioritized
+from lightning_kd.data_free.generators import Generator, MetaGenerator
 
 def make(source):
     torch.manual_seed(1)
@@ -600,7 +601,7 @@ def make(source):
         TinyNet(4), TinyNet(8), {"g": Generator, "m": MetaGenerator}[source](net),
         [BatchNormStatistics(momentum=0.9), OneHot(modulate=True), Adversarial(),
          Contrastive(width=8, bank=20)], round_images=16,
-        source_steps=2, student_steps=2, batch_size=8, warm_up=1,
+        generator_steps=2, student_steps=2, batch_size=8, warm_up=1,
     )
 
 if __name__ == "__main__":
@@ -647,12 +648,12 @@ if __name__ == "__main__":
         assert torch.equal(resumed.memory.images, images)
         assert torch.equal(resumed.memory.priorities, buffer.memory.priorities)
         for term in ("batch_norm_statistics", "contrastive"):
-            one, two = (m.terms[term].get_extra_state() for m in (module, again))
+            one, two = (m.synthesizer.image_losses[term].get_extra_state() for m in (module, again))
             for a, b in zip(*(list(s.values())[0] for s in (one, two))):
                 assert torch.equal(a, b), term
         # nobody has a gradient, and nothing is said about it
         waiting = make(source)
-        waiting.terms = torch.nn.ModuleDict({"adversarial": waiting.terms["adversarial"]})
+        waiting.synthesizer.image_losses = torch.nn.ModuleDict({"adversarial": waiting.synthesizer.image_losses["adversarial"]})
         trainer(1, ReplayBuffer(40)).fit(waiting, datamodule=Rounds(1, None, 10, (1, 8, 8)))
         if run.is_global_zero:
             torch.save(module.state_dict(), f"{folder}/{source}.pt")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.functional import kl_divergence
 from lightning_kd.losses import DistillationLoss, Hint, SoftTarget
-from lightning_kd.losses.base import by_name
+from lightning_kd.losses import losses_by_name
 from lightning_kd.weighting import Uniform
 from tests.conftest import TinyNet, assert_same_state
 
@@ -35,7 +35,7 @@ class Watches(Uniform):
     def observe(self, student, teachers, target):
         self.observed += len(target)
 
-    def update(self):
+    def after_validation(self):
         self.updates += 1
 
 
@@ -160,7 +160,7 @@ def test_any_loader_trains_and_shows_its_images_to_a_weighting(kind, precision, 
     module = paradigm(TinyNet(), [TinyNet(8)], weighting=weighting)
     trainer = make_trainer(max_epochs=1, precision=precision)
     trainer.fit(module, loader)
-    assert module.input_shape == (1, 8, 8)
+    assert module.distillation.input_shape == (1, 8, 8)
     assert trainer.callback_metrics["train/loss"] > 0
     assert weighting.images[0].shape[1:] == (1, 8, 8)
 
@@ -227,14 +227,14 @@ def test_tapped_layers_may_be_replaced_around_a_fit(make_module, make_trainer, d
 def test_a_copy_of_a_prepared_module_taps_its_own_student(make_module):
     module = make_module(losses=[Hint("relu", "relu")])
     x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
-    module.prepare(x)
+    module._build(x)
     module.eval()
     module(x).sum().backward()
     twin = copy.deepcopy(module)
     nn.init.zeros_(twin.student.bn.weight)
-    assert twin.learn(x).features["relu"].sum() == 0
-    assert module.learn(x).features["relu"].sum() > 0
-    assert twin.step(x, y)["hint"] != module.step(x, y)["hint"]
+    assert twin.distillation.student_output(x).features["relu"].sum() == 0
+    assert module.distillation.student_output(x).features["relu"].sum() > 0
+    assert twin.compute_losses(x, y)["hint"] != module.compute_losses(x, y)["hint"]
 
 
 # ---------------------------------------------------------------------- names in the log
@@ -244,12 +244,12 @@ def test_reserved_names_are_told_and_equal_ones_numbered_by_themselves():
     class HintExtra(Hint):
         pass
 
-    named = by_name([Hint("a", "a"), HintExtra("a", "a"), Hint("a", "a"), SoftTarget()])
+    named = losses_by_name([Hint("a", "a"), HintExtra("a", "a"), Hint("a", "a"), SoftTarget()])
     assert list(named) == ["hint", "hint_extra", "hint_2", "soft_target"]
     for name in ("Loss", "Task"):
         loss = type(name, (DistillationLoss,), {"forward": lambda *_: torch.zeros(())})()
         with pytest.raises(ValueError, match=f"taken in the log, got {name}"):
-            by_name([loss])
+            losses_by_name([loss])
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2}])

@@ -8,13 +8,12 @@ from torch import nn
 
 from lightning_kd import MultiTeacher, Teacher
 from lightning_kd.functional import (
-    combine,
+    combine_teachers,
     confidence_weights,
     log_euclidean_distance,
     simplex_projection,
     task_cross_entropy,
 )
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import (
     GramLoss,
     Hint,
@@ -24,6 +23,7 @@ from lightning_kd.losses import (
     SoftTarget,
     SubsetTarget,
 )
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.weighting import (
     AttentionOverLayers,
     Confidence,
@@ -55,8 +55,8 @@ def test_a_teacher_that_does_not_know_the_label_gets_no_confidence(tiny):
     logits = torch.tensor([[[0.0, 1.0, -torch.inf]], [[0.0, 1.0, 2.0]]])
     assert confidence_weights(logits, torch.tensor([2])).tolist() == [[0.0], [1.0]]
     module = MultiTeacher(tiny(4), experts(tiny), losses=[SubsetTarget()], weighting=Confidence())
-    module.prepare(X)
-    terms = module.step(X, Y)
+    module._build(X)
+    terms = module.compute_losses(X, Y)
     torch.stack(list(terms.values())).sum().backward()
     assert all(p.grad.isfinite().all() for p in module.student.parameters())
 
@@ -64,11 +64,11 @@ def test_a_teacher_that_does_not_know_the_label_gets_no_confidence(tiny):
 @pytest.mark.parametrize("space", ["probability", "logit"])
 def test_a_label_that_no_teacher_knows_teaches_the_gate_nothing(space):
     partial = torch.tensor([[1.0, 2.0, -torch.inf]] * 2)
-    teachers = [Knowledge(partial), Knowledge(partial - 1)]
+    teachers = [NetworkOutput(partial), NetworkOutput(partial - 1)]
     gate = LearnedGate(space=space)
-    gate.build(Knowledge(torch.randn(2, 3)), teachers)
-    weights = gate(teachers, Knowledge(torch.randn(2, 3)), None)
-    loss = gate.loss(Ensemble(teachers, weights, space), torch.tensor([2, 0]))
+    gate.build(NetworkOutput(torch.randn(2, 3)), teachers)
+    weights = gate(teachers, NetworkOutput(torch.randn(2, 3)), None)
+    loss = gate.loss(TeacherOutputs(teachers, weights, space), torch.tensor([2, 0]))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in gate.parameters())
@@ -76,17 +76,17 @@ def test_a_label_that_no_teacher_knows_teaches_the_gate_nothing(space):
 
 def test_knowledge_still_flows_where_the_layer_was_replaced_or_the_module_copied(tiny):
     module = MultiTeacher(tiny(4), [tiny(6)], losses=[KnowledgeFlow("bn", "bn")])
-    module.prepare(X)
+    module._build(X)
     module.student = nn.SyncBatchNorm.convert_sync_batchnorm(module.student)
     assert not module.student.bn._forward_hooks or len(module.student.bn._forward_hooks) < 2
     module._find_layers()
     assert len(module.student.bn._forward_hooks) == 2  # the tap's and the flow's
     module = MultiTeacher(tiny(4), [tiny(6)], losses=[KnowledgeFlow("bn", "bn")])
-    module.prepare(X)
+    module._build(X)
     twin = copy.deepcopy(module)
     twin._find_layers()
-    torch.stack(list(twin.step(X, Y).values())).sum().backward()
-    flow = twin.losses["knowledge_flow"]
+    torch.stack(list(twin.compute_losses(X, Y).values())).sum().backward()
+    flow = twin.distillation.losses["knowledge_flow"]
     assert all(p.grad is not None for p in flow.projections.parameters())
     assert all(p.grad is None for p in module.parameters())
 
@@ -99,18 +99,18 @@ def test_attention_gets_a_gradient_even_where_no_loss_asks_for_it(count, loss, t
         tiny(4), [tiny(6) for _ in range(count)], losses=[loss()],
         weighting=AttentionOverLayers("relu", "relu"),
     )  # fmt: skip
-    module.prepare(X)
-    torch.stack(list(module.step(X, Y).values())).sum().backward()
-    assert all(p.grad is not None for p in module.weighting.parameters())
+    module._build(X)
+    torch.stack(list(module.compute_losses(X, Y).values())).sum().backward()
+    assert all(p.grad is not None for p in module.distillation.weighting.parameters())
 
 
 def test_students_gradient_is_zero_not_missing_when_nobody_teaches(tiny):
     module = MultiTeacher(
         tiny(4), [tiny(6)], losses=[Hint("relu", "relu")], weighting=SelfPaced(), task_weight=0.0
     )
-    module.prepare(X)
-    module.weighting.load_state_dict({"paced": torch.zeros(1)})
-    torch.stack(list(module.step(X, Y).values())).sum().backward()
+    module._build(X)
+    module.distillation.weighting.load_state_dict({"paced": torch.zeros(1)})
+    torch.stack(list(module.compute_losses(X, Y).values())).sum().backward()
     assert all(p.grad is not None for p in module.student.parameters())
 
 
@@ -121,13 +121,13 @@ def test_learned_gram_weights_move_under_half_precision(tiny):
         losses=[GramLoss("relu", "relu", learn_weights=True, learning_rate=10.0)],
     )  # fmt: skip
     x, y = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
-    module.prepare(x)
+    module._build(x)
     trusts = []
     for kind in (torch.float16, torch.float32):
-        loss = module.losses["gram_loss"]
+        loss = module.distillation.losses["gram_loss"]
         loss.trust.fill_(0.5)
         with torch.autocast("cpu", kind, enabled=kind == torch.float16):
-            module.step(x, y)
+            module.compute_losses(x, y)
         trusts.append(loss.trust.clone())
     assert (trusts[0] - 0.5).abs().max() > 1e-3
     torch.testing.assert_close(trusts[0], trusts[1], atol=0.02, rtol=0)
@@ -138,15 +138,15 @@ def test_nan_features_give_a_nan_loss_and_no_strange_error():
     assert log_euclidean_distance(nan, torch.rand(3, 4)).isnan()
     simplex_projection(torch.tensor([torch.nan, 1.0]))
     loss = GramLoss("a", "a", learn_weights=True)
-    student = Knowledge(nan * 1.0, {"a": nan})
-    teacher = Knowledge(torch.rand(3, 4), {"a": torch.rand(3, 4)})
+    student = NetworkOutput(nan * 1.0, {"a": nan})
+    teacher = NetworkOutput(torch.rand(3, 4), {"a": torch.rand(3, 4)})
     loss.build(student, [teacher])
-    assert loss(student, Ensemble([teacher], torch.ones(1)), torch.tensor([0, 1, 2])).isnan()
+    assert loss(student, TeacherOutputs([teacher], torch.ones(1)), torch.tensor([0, 1, 2])).isnan()
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_counts_and_running_weights_stay_in_full_precision(kind):
-    student, teacher = Knowledge(torch.randn(25, 4)), Knowledge(torch.randn(25, 4))
+    student, teacher = NetworkOutput(torch.randn(25, 4)), NetworkOutput(torch.randn(25, 4))
     paced = SelfPaced()
     paced.build(student, [teacher])
     paced.to(kind)
@@ -168,7 +168,7 @@ def test_module_that_already_has_the_precision_of_the_run(make_module, make_trai
 
 def test_copy_that_is_cast_leaves_the_teacher_alone(make_module):
     module = make_module()
-    module.prepare(X)
+    module._build(X)
     copy.deepcopy(module).double()
     assert module.teachers[0].network.conv.weight.dtype == torch.float32
     module.double()  # its owner moves it
@@ -185,12 +185,12 @@ def test_part_of_a_teacher_put_into_train_mode_is_put_back(tiny):
 
 def test_teachers_of_some_classes_and_losses_that_cannot_take_them(tiny):
     logits = torch.stack([torch.tensor([[1.0, -torch.inf]]), torch.tensor([[0.0, 2.0]])])
-    answer = combine(logits, torch.tensor([0.0, 1.0]), 1.0, "logit")
+    answer = combine_teachers(logits, torch.tensor([0.0, 1.0]), 1.0, "logit")
     torch.testing.assert_close(answer, logits[1].log_softmax(1))
     for loss in (LogitMSE(), LogitStandardization()):
         module = MultiTeacher(tiny(4), experts(tiny), losses=[loss])
         with pytest.raises(ValueError, match="teachers that know all classes"):
-            module.prepare(X)
+            module._build(X)
 
 
 def test_dense_outputs_average_over_labelled_positions():
@@ -198,20 +198,20 @@ def test_dense_outputs_average_over_labelled_positions():
     target[:, :2] = -1
     wanted = torch.nn.functional.cross_entropy(logits, target, ignore_index=-1)
     torch.testing.assert_close(task_cross_entropy(logits, target).mean(), wanted)
-    gate, teacher = LearnedGate(), Knowledge(torch.randn(2, 3, 4, 4))
-    gate.build(Knowledge(logits), [teacher])
-    weights = gate([teacher], Knowledge(logits), None)
-    loss = gate.loss(Ensemble([teacher], weights), target.clamp(min=0))
+    gate, teacher = LearnedGate(), NetworkOutput(torch.randn(2, 3, 4, 4))
+    gate.build(NetworkOutput(logits), [teacher])
+    weights = gate([teacher], NetworkOutput(logits), None)
+    loss = gate.loss(TeacherOutputs([teacher], weights), target.clamp(min=0))
     wanted = torch.nn.functional.cross_entropy(teacher.logits, target.clamp(min=0))
     torch.testing.assert_close(loss, wanted)
 
 
 def test_last_batch_of_one_sample_and_a_map_of_one_position():
-    student = Knowledge(torch.randn(1, 3), {"a": torch.randn(1, 4, 1, 1)})
-    teacher = Knowledge(torch.randn(1, 3), {"a": torch.randn(1, 6, 1, 1)})
+    student = NetworkOutput(torch.randn(1, 3), {"a": torch.randn(1, 4, 1, 1)})
+    teacher = NetworkOutput(torch.randn(1, 3), {"a": torch.randn(1, 6, 1, 1)})
     loss = Hint("a", "a").train()
     loss.build(student, [teacher])
-    assert loss(student, Ensemble([teacher], torch.ones(1)), None).isfinite()
+    assert loss(student, TeacherOutputs([teacher], torch.ones(1)), None).isfinite()
 
 
 def test_smaller_points(tiny):
@@ -220,6 +220,6 @@ def test_smaller_points(tiny):
     with pytest.raises(ValueError, match="got one twice"):
         MultiTeacher(tiny(4), [teacher, teacher])
     gate = LearnedGate()  # of two classes it sees how sure the student is, not only of which
-    gate.build(Knowledge(torch.randn(1, 2)), [Knowledge(torch.randn(1, 2))])
-    sure, unsure = (gate._embed(Knowledge(torch.tensor([[z, 0.0]]))) for z in (8.0, 0.1))
+    gate.build(NetworkOutput(torch.randn(1, 2)), [NetworkOutput(torch.randn(1, 2))])
+    sure, unsure = (gate._embed(NetworkOutput(torch.tensor([[z, 0.0]]))) for z in (8.0, 0.1))
     assert not torch.allclose(sure, unsure, atol=0.1)

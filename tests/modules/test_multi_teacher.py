@@ -217,12 +217,12 @@ def test_what_nobody_reads_of_a_teacher_is_not_computed(tiny):
         ([Hint("relu", "relu"), SoftTarget()], Uniform(), 2),
     ):
         module = MultiTeacher(tiny(4), networks, losses=losses, weighting=weighting)
-        module.prepare(x)
+        module._build(x)
         calls.clear()
-        terms = module.step(x, y)
+        terms = module.compute_losses(x, y)
         assert len(calls) == ran
-        said = module.teach(x, [0])[0]
-        again = module.teach(x, [0], logits=ran > 0)[0]
+        said = module.distillation.teacher_outputs(x, [0])[0]
+        again = module.distillation.teacher_outputs(x, [0], logits=ran > 0)[0]
         assert all(torch.equal(said.features[k], again.features[k]) for k in said.features)
         assert said.logits.shape == (4, 10)
         torch.stack(list(terms.values())).sum().backward()
@@ -230,13 +230,13 @@ def test_what_nobody_reads_of_a_teacher_is_not_computed(tiny):
 
 def test_distillation_stops_when_the_student_has_caught_up(build, make_trainer, digits):
     module = build("hint", "self_paced")
-    module.prepare(torch.zeros(1, 1, 8, 8))
-    module.weighting.load_state_dict({"paced": torch.zeros(2)})
+    module._build(torch.zeros(1, 1, 8, 8))
+    module.distillation.weighting.load_state_dict({"paced": torch.zeros(2)})
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-    terms = module.step(x, y)
+    terms = module.compute_losses(x, y)
     assert float(terms["hint"].detach()) == 0.0
     assert float(terms["task"].detach()) > 0
-    module.step(x, torch.full((4,), -1))["hint"].backward()  # nothing to learn, and no error
+    module.compute_losses(x, torch.full((4,), -1))["hint"].backward()  # nothing to learn, and no error
 
 
 def test_gate_is_logged_and_learns(build, make_trainer, digits):
@@ -247,7 +247,7 @@ def test_gate_is_logged_and_learns(build, make_trainer, digits):
     trust = [float(trainer.callback_metrics[f"train/trust_{m}"]) for m in range(2)]
     assert sum(trust) == pytest.approx(1)
     assert trust[0] != trust[1]
-    assert module.weighting.gate.weight.abs().sum() > 0
+    assert module.distillation.weighting.gate.weight.abs().sum() > 0
 
 
 def test_measured_ensemble_does_not_see_the_labels(build, make_trainer, digits):
@@ -277,7 +277,7 @@ def test_teachers_of_other_resolution_and_normalisation(tiny, make_trainer, digi
         student, [small, other], losses=[SoftTarget(), Hint("relu", ["relu", "1.relu"])]
     )
     x = torch.rand(2, 1, 8, 8)
-    module.prepare(x)
+    module._build(x)
     with torch.no_grad():
         said = module.teachers[1](x)
     up = torch.nn.functional.interpolate(x, (16, 16), mode="bilinear", align_corners=False)
@@ -297,4 +297,4 @@ def test_teachers_of_different_classes_teach_one_student(tiny, make_trainer, dig
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=digits())
     assert trainer.callback_metrics["val/teacher_0/accuracy"] < 1
-    assert module.weighting.known[0].sum() == 5
+    assert module.distillation.weighting.known[0].sum() == 5

@@ -125,10 +125,10 @@ def test_both_updates_equal_a_slow_loop_over_five_steps(update, count, build, ma
 def test_nothing_flows_from_one_peers_loss_into_another_peer(name, build):
     module = build(name)
     x, y = torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,))
-    module.prepare(x)
+    module._build(x)
     if name == "codistillation":
         module.exchange.steps = 2  # the burn-in is over
-    module.exchange.before([x] * 3)
+    module.exchange.before_peers([x] * 3)
     peers = module.peers([x] * 3)
     ensembles = module.exchange(peers, y)
     for k in range(3):
@@ -144,7 +144,7 @@ def test_nothing_flows_from_one_peers_loss_into_another_peer(name, build):
 @pytest.mark.parametrize(("update", "passes"), [("simultaneous", 3), ("sequential", 5)])
 def test_forward_passes_of_a_batch_are_counted(update, passes, build, make_trainer):
     module = build(update=update)
-    module.prepare(torch.rand(1, 1, 8, 8))
+    module._build(torch.rand(1, 1, 8, 8))
     calls = []
     for network in module.peers.networks:
         network.register_forward_hook(lambda *_: calls.append(1))
@@ -208,7 +208,7 @@ def test_one_scheduler_drives_the_loss_of_every_peer(build, make_trainer, digits
     module = build()
     ramp = LossWeightScheduler(Linear(0.0, 1.0, 4))
     make_trainer(max_epochs=3, callbacks=[ramp]).fit(module, datamodule=digits())
-    assert [losses["soft_target"].weight for losses in module.losses] == [0.5] * 3
+    assert [losses["soft_target"].weight for losses in module.distillation.losses] == [0.5] * 3
     wrong = LossWeightScheduler(Linear(0.0, 1.0, 4), "hint")
     with pytest.raises(ValueError, match="there is no 'hint'"):
         make_trainer(callbacks=[wrong]).fit(build(), datamodule=digits())
@@ -228,7 +228,7 @@ def test_mixed_sizes_other_losses_and_views(tiny, make_trainer, digits):
     for network, state in zip(module.peers.networks, before, strict=True):
         assert not torch.equal(state["conv.weight"], network.conv.weight)
     assert torch.isfinite(trainer.callback_metrics["train/peer_1/hint"])
-    views = module.look(torch.zeros(2, 1, 8, 8))
+    views = module.distillation.peer_inputs(torch.zeros(2, 1, 8, 8))
     assert not torch.equal(views[0], views[1])
 
 
@@ -237,11 +237,11 @@ def test_branches_share_a_trunk_that_runs_once(name, tiny, make_trainer, digits)
     network = MultiBranch(tiny(4), "conv", 3, scale_gradient=name == "leave_one_out")
     exchange = Gate("conv") if name == "gate" else EXCHANGES[name]()
     module = PeerCohort([network], exchange)
-    module.prepare(torch.rand(1, 1, 8, 8))
+    module._build(torch.rand(1, 1, 8, 8))
     calls = []
     network.trunk.register_forward_hook(lambda *_: calls.append(1))
     x, y = torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,))
-    torch.stack(list(module.step(x, y).values())).sum().backward()
+    torch.stack(list(module.compute_losses(x, y).values())).sum().backward()
     assert len(calls) == 1
     assert all(p.grad is not None for p in network.parameters())
     make_trainer(max_epochs=1).fit(module, datamodule=digits())
@@ -282,27 +282,27 @@ def test_frozen_statistics_uses_the_batch_and_learns_nothing(tiny):
 def test_the_game_moves_only_those_whose_turn_it_is(build):
     module = build("adversarial", dropout=0.0)
     x = torch.rand(8, 1, 8, 8)
-    module.prepare(x)
+    module._build(x)
     exchange, peers = module.exchange, module.peers([x] * 3)
     judges = list(exchange.discriminators.parameters())
-    exchange.tell_apart(peers)["discriminator"].backward()
+    exchange.discriminator_losses(peers)["discriminator"].backward()
     assert all(p.grad is not None for p in judges)
     assert all(
         p.grad is None for p in [*module.peers.parameters(), *exchange.transfers.parameters()]
     )
-    exchange.fool(peers)["adversarial"].backward()
+    exchange.adversarial_losses(peers)["adversarial"].backward()
     assert all(p.grad is not None for p in exchange.transfers.parameters())
     assert all(n.conv.weight.grad.abs().sum() > 0 for n in module.peers.networks)
     fake = [exchange.transfers[k](peers[k].feature("relu")) for k in range(3)]
     wanted = sum(float((1 - exchange.discriminators[k](fake[k])).square().mean()) for k in range(3))
-    assert float(exchange.fool(peers)["adversarial"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(exchange.adversarial_losses(peers)["adversarial"]) == pytest.approx(wanted, rel=1e-5)
     real = [peers[k - 1].feature("relu") for k in range(3)]  # a ring
     wanted = sum(
         float((1 - exchange.discriminators[k](real[k])).square().mean())
         + float(exchange.discriminators[k](fake[k]).square().mean())
         for k in range(3)
     )
-    assert float(exchange.tell_apart(peers)["discriminator"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(exchange.discriminator_losses(peers)["discriminator"]) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_bad_cohorts_are_told(tiny):
@@ -316,11 +316,11 @@ def test_bad_cohorts_are_told(tiny):
     with pytest.raises(ValueError, match='"simultaneous", "sequential" or "alternating"'):
         PeerCohort([tiny(4), tiny(4)], update="parallel")
     with pytest.raises(ValueError, match="peers of 10 classes"):
-        PeerCohort([tiny(4), tiny(4, num_classes=3)]).prepare(torch.rand(1, 1, 8, 8))
+        PeerCohort([tiny(4), tiny(4, num_classes=3)])._build(torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match="two peers and a leader"):
-        PeerCohort([tiny(4), tiny(4)], Attention("relu")).prepare(torch.rand(1, 1, 8, 8))
+        PeerCohort([tiny(4), tiny(4)], Attention("relu"))._build(torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match="equally wide"):
-        PeerCohort([tiny(4), tiny(5), tiny(4)], Attention("relu")).prepare(torch.rand(1, 1, 8, 8))
+        PeerCohort([tiny(4), tiny(5), tiny(4)], Attention("relu"))._build(torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match="min_logit"):
         Collective("median")
     with pytest.raises(ValueError, match="name of a layer"):
@@ -361,11 +361,11 @@ def test_teachers_in_a_cohort_equal_a_slow_sum(tiny):
         copy.deepcopy(peers), teachers=teachers, teacher_losses=[SoftTarget(3.0, weight=0.5)]
     ).double()
     x, y = torch.rand(6, 1, 8, 8).double(), torch.tensor([0, 1, 2, -1, 3, 4])
-    module.prepare(x)
+    module._build(x)
     asked = []
     for teacher in teachers:
         teacher.register_forward_hook(lambda *_: asked.append(1))
-    terms = module.step(x, y)
+    terms = module.compute_losses(x, y)
     assert len(asked) == 2
     assert set(terms) == {
         f"peer_{k}/{name}"

@@ -54,8 +54,8 @@ def test_optimizer_holds_student_and_adapters_only(make_module, digits, make_tra
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=digits())
     held = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
-    wanted = [*module.student.parameters(), *module.losses["hint"].parameters()]
-    assert len(list(module.losses["hint"].parameters())) == 6
+    wanted = [*module.student.parameters(), *module.distillation.losses["hint"].parameters()]
+    assert len(list(module.distillation.losses["hint"].parameters())) == 6
     assert held == {id(p) for p in wanted}
 
 
@@ -195,11 +195,11 @@ def test_supervised_learns_and_its_checkpoint_becomes_a_teacher(
 def test_unlabelled_samples_have_no_task_loss_but_are_distilled(make_module):
     module = make_module()
     x, y = torch.randn(6, 1, 8, 8), torch.tensor([1, -1, 2, -1, -1, 3])
-    module.prepare(x)
+    module._build(x)
     module.eval()
-    known = module.step(x[y >= 0], y[y >= 0])["task"]
-    assert torch.allclose(module.step(x, y)["task"], known)
-    none = module.step(x, torch.full_like(y, -1))
+    known = module.compute_losses(x[y >= 0], y[y >= 0])["task"]
+    assert torch.allclose(module.compute_losses(x, y)["task"], known)
+    none = module.compute_losses(x, torch.full_like(y, -1))
     assert none["task"] == 0
     assert none["soft_target"] > 0
 
@@ -220,9 +220,9 @@ def test_terms_are_named_weighted_and_logged(make_module, make_trainer, digits):
     } <= logged.keys()
     module.eval()
     x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
-    before = module.step(x, y)
-    module.losses["soft_target"].weight = 1.0
-    assert torch.allclose(module.step(x, y)["soft_target"], 2 * before["soft_target"])
+    before = module.compute_losses(x, y)
+    module.distillation.losses["soft_target"].weight = 1.0
+    assert torch.allclose(module.compute_losses(x, y)["soft_target"], 2 * before["soft_target"])
 
 
 def test_validation_metrics_equal_a_plain_computation(make_module, make_trainer, digits):

@@ -19,7 +19,7 @@ from lightning_kd.teachers import (
 )
 from lightning_kd.weighting import Confidence, Fixed, GradientSpace, LearnedGate, Switching
 from tests import reference
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 
 SOURCES = {
     "depth": lambda **o: StochasticDepth(**{"count": 3, "survival": 0.5, **o}),
@@ -52,7 +52,7 @@ def build():
 def asked(source, images, layers=(), training=True):
     """What the sub-teachers of one frozen network say."""
     frozen = Teacher(teacher().to(images.dtype))
-    frozen.listen(layers)
+    frozen.record_layers(layers)
     source.attach(frozen, layers, images)
     source.train(training)
     with torch.no_grad():
@@ -249,8 +249,8 @@ def test_losses_and_weightings_apply(source, options, build, make_trainer, digit
     assert any(not torch.equal(v, start[k]) for k, v in module.student.state_dict().items())
     logged = trainer.callback_metrics
     assert torch.isfinite(logged["train/loss"])
-    assert {f"val/teacher_{m}/accuracy" for m in range(module.voices)} <= set(logged)
-    assert f"val/teacher_{module.voices}/accuracy" not in logged
+    assert {f"val/teacher_{m}/accuracy" for m in range(len(module.teachers))} <= set(logged)
+    assert f"val/teacher_{len(module.teachers)}/accuracy" not in logged
 
 
 def test_every_sub_teacher_is_in_the_report(build, make_trainer, digits, tmp_path):
@@ -289,7 +289,7 @@ def test_resumed_run_equals_the_uninterrupted_one(source, build, make_trainer, d
     make_trainer(max_epochs=2).fit(again, datamodule=digits(), ckpt_path=tmp_path / "half.ckpt")
     for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert whole.source.times == again.source.times
+    assert whole.teachers.source.times == again.teachers.source.times
 
 
 def test_seeds_set_the_paths_and_batches_differ(build, make_trainer, digits):
@@ -322,8 +322,8 @@ def test_the_teacher_is_trained_with_blocks_left_out(make_trainer, digits):
     network = resnet14(in_channels=1, width=4)
     module = Supervised(network, depth=StochasticDepth(survival=0.5))
     drawn = []
-    draw = module.depth.draw
-    module.depth.draw = lambda *a: drawn.append(draw(*a)) or drawn[-1]
+    draw = module.distillation.depth.draw
+    module.distillation.depth.draw = lambda *a: drawn.append(draw(*a)) or drawn[-1]
     trainer = make_trainer(max_epochs=2)
     trainer.fit(module, datamodule=digits())
     assert len(drawn) == trainer.global_step
@@ -332,7 +332,7 @@ def test_the_teacher_is_trained_with_blocks_left_out(make_trainer, digits):
     assert "forward" not in vars(network.layer1[0])
     with torch.no_grad():  # in validation all blocks are taken
         module.eval()
-        assert torch.equal(module.learn(IMAGES.float()).logits, network(IMAGES.float()))
+        assert torch.equal(module.distillation.student_output(IMAGES.float()).logits, network(IMAGES.float()))
 
 
 def test_a_resumed_training_of_such_a_teacher_goes_on_bit_for_bit(make_trainer, digits, tmp_path):
@@ -386,26 +386,28 @@ def test_wrong_parts_are_told(build, digits, make_trainer):
 def test_a_copy_shares_the_teacher_and_draws_the_same_paths(source, build):
     module = build(source)
     x = torch.rand(4, 1, 8, 8)
-    module.prepare(x)
+    module._build(x)
     twin = copy.deepcopy(module)
-    mine, theirs = ([k.logits for k in m.train().teach(x, range(m.voices))] for m in (module, twin))
+    mine, theirs = (
+        [k.logits for k in m.train().distillation.teacher_outputs(x, range(len(m.teachers)))] for m in (module, twin)
+    )
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
     network = next(module._teachers()).network
     assert next(twin._teachers()).network is network
     if source == "depth":
-        blocks = {dict(network.named_modules())[name] for name in twin.source.names}
-        assert set(twin.source._paths._blocks) == blocks
+        blocks = {dict(network.named_modules())[name] for name in twin.teachers.source.names}
+        assert set(twin.teachers.source._paths._blocks) == blocks
 
 
 def test_a_copy_of_a_teacher_in_training_has_its_own_blocks():
     module = Supervised(teacher(), depth=StochasticDepth(survival=0.5))
     x = torch.rand(4, 1, 8, 8)
-    module.prepare(x)
+    module._build(x)
     twin = copy.deepcopy(module)
-    blocks = {dict(twin.student.named_modules())[name] for name in twin.depth.names}
-    assert set(twin.depth._paths._blocks) == blocks
-    assert torch.equal(module.train().learn(x).logits, twin.train().learn(x).logits)
+    blocks = {dict(twin.student.named_modules())[name] for name in twin.distillation.depth.names}
+    assert set(twin.distillation.depth._paths._blocks) == blocks
+    assert torch.equal(module.train().distillation.student_output(x).logits, twin.train().distillation.student_output(x).logits)
 
 
 def test_losses_reach_the_network_of_each_snapshot(tmp_path, build):
@@ -418,7 +420,7 @@ def test_losses_reach_the_network_of_each_snapshot(tmp_path, build):
     snapshots = Snapshot([str(tmp_path / "second.safetensors")])
     torch.manual_seed(0)
     module = SubTeacher(resnet8(in_channels=1, width=4), first, snapshots, losses=[loss])
-    module.prepare(torch.rand(2, 1, 8, 8))
+    module._build(torch.rand(2, 1, 8, 8))
     mine = next(iter(module._losses()))
     assert mine._classifiers[0] is first.linear
     assert torch.equal(mine._classifiers[1].bias, second.linear.bias)
@@ -431,11 +433,11 @@ def test_paths_through_a_teacher_of_some_classes():
     source = StochasticDepth(3, survival=0.5)
     module = SubTeacher(student, some, source, losses=[SubsetTarget()])
     x = torch.rand(4, 1, 8, 8)
-    module.prepare(x)
+    module._build(x)
     module.train()
     for _ in range(5):
-        assert torch.isfinite(module.step(x, torch.tensor([0, 1, 2, 3]))["subset_target"])
-    said = module.teach(x, range(3))
+        assert torch.isfinite(module.compute_losses(x, torch.tensor([0, 1, 2, 3]))["subset_target"])
+    said = module.distillation.teacher_outputs(x, range(3))
     assert all(torch.isinf(k.logits[:, [1, 3]]).all() for k in said)
 
 
@@ -518,7 +520,7 @@ if __name__ == "__main__":
     module = make("student")
     trainer = fit(module, 2)
     seeds = [None, None]
-    torch.distributed.all_gather_object(seeds, (module.source.seed, module.source.times))
+    torch.distributed.all_gather_object(seeds, (module.teachers.source.seed, module.teachers.source.times))
     assert seeds[0] == seeds[1], seeds
     if trainer.is_global_zero:
         torch.save(module.student.state_dict(), sys.argv[1] + "/student.pt")

@@ -15,7 +15,7 @@ from lightning_kd.models import Normalized
 from lightning_kd.teachers import TeacherCache
 from lightning_kd.weighting import Confidence, Switching
 from tests.conftest import TinyNet, assert_same_state, state_of
-from tests.modules.test_ranks import launch
+from tests.modules.test_distributed import launch
 
 DATA = {"batch_size": 40, "subset": 200, "val_split": 40, "crop_padding": 1, "flip": True}
 

@@ -5,8 +5,8 @@ import collections
 import pytest
 import torch
 
-from lightning_kd.knowledge import Ensemble, Knowledge
 from lightning_kd.losses import SoftTarget
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.weighting import (
     AttentionOverLayers,
     Confidence,
@@ -37,13 +37,13 @@ MAKE = {
 
 def knowledge(batch=4, classes=3, width=2, scale=3.0):
     logits = scale * torch.randn(batch, classes)
-    return Knowledge(logits, {"a": torch.randn(batch, width, 2, 2)})
+    return NetworkOutput(logits, {"a": torch.randn(batch, width, 2, 2)})
 
 
 def weigh(weighting, teachers, student, target):
     weighting.build(student, teachers)
     indices = list(weighting.active(len(teachers)))
-    return weighting([teachers[m] for m in indices], student, target), indices
+    return weighting(student, [teachers[m] for m in indices], target), indices
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -60,8 +60,8 @@ def test_weights_sum_to_one_and_identical_teachers_give_the_single_teacher_loss(
     assert weights.shape in ((len(indices),), (len(indices), batch))
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(0), torch.ones_like(weights.sum(0)))
-    teachers = Ensemble([teacher] * len(indices), weights, "probability", indices)
-    one = SoftTarget()(student, Ensemble([teacher], torch.ones(1)), target)
+    teachers = TeacherOutputs([teacher] * len(indices), weights, "probability", indices)
+    one = SoftTarget()(student, TeacherOutputs([teacher], torch.ones(1)), target)
     torch.testing.assert_close(SoftTarget()(student, teachers, target), one, rtol=1e-4, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_weights_move_with_their_teachers(name):
 def test_extreme_logits_and_half_precision_stay_finite(name, dtype):
     def extreme():
         logits = 30 * torch.sign(torch.randn(4, 3))
-        return Knowledge(logits.to(dtype), {"a": torch.randn(4, 2, 2, 2).to(dtype)})
+        return NetworkOutput(logits.to(dtype), {"a": torch.randn(4, 2, 2, 2).to(dtype)})
 
     student, teachers = extreme(), [extreme() for _ in range(3)]
     weighting = MAKE[name]()
@@ -123,7 +123,7 @@ def test_switching_runs_one_teacher_as_often_as_it_should_and_goes_on_after_a_ch
     assert [twin.active(3) for _ in range(50)] == [weighting.active(3) for _ in range(50)]
     weighting.eval()
     assert list(weighting.active(3)) == [0, 1, 2]
-    weights = weighting([knowledge()] * 3, knowledge(), None)
+    weights = weighting(knowledge(), [knowledge()] * 3, None)
     torch.testing.assert_close(weights, torch.tensor([0.75, 0.0, 0.25]))
     with pytest.raises(ValueError, match="one probability for each"):
         Switching([1.0]).active(2)
@@ -134,10 +134,12 @@ def test_switching_runs_one_teacher_as_often_as_it_should_and_goes_on_after_a_ch
 def test_switching_expects_the_gradient_of_the_average():
     student, teachers = knowledge(), [knowledge() for _ in range(2)]
     z = student.logits.clone().requires_grad_()
-    mean = SoftTarget()(Knowledge(z), Ensemble(teachers, torch.full((2,), 0.5)), None)
+    mean = SoftTarget()(NetworkOutput(z), TeacherOutputs(teachers, torch.full((2,), 0.5)), None)
     (wanted,) = torch.autograd.grad(mean, z)
     each = [
-        torch.autograd.grad(SoftTarget()(Knowledge(z), Ensemble([t], torch.ones(1)), None), z)[0]
+        torch.autograd.grad(
+            SoftTarget()(NetworkOutput(z), TeacherOutputs([t], torch.ones(1)), None), z
+        )[0]
         for t in teachers
     ]
     torch.testing.assert_close((each[0] + each[1]) / 2, wanted)
@@ -147,21 +149,21 @@ def test_switching_expects_the_gradient_of_the_average():
 def test_gate_learns_from_the_labels_alone_and_finds_the_good_teacher(space):
     torch.manual_seed(0)
     labels = torch.arange(40) % 4
-    good = Knowledge(3 * torch.nn.functional.one_hot(labels, 4).float())
-    bad = Knowledge(3 * torch.randn(40, 4))
-    student = Knowledge(torch.randn(40, 4, requires_grad=True))
+    good = NetworkOutput(3 * torch.nn.functional.one_hot(labels, 4).float())
+    bad = NetworkOutput(3 * torch.randn(40, 4))
+    student = NetworkOutput(torch.randn(40, 4, requires_grad=True))
     gate = LearnedGate(space=space)
     gate.build(student, [bad, good])
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.5)
     for _ in range(50):
-        weights = gate([bad, good], student, labels)
+        weights = gate(student, [bad, good], labels)
         assert not weights.requires_grad  # nothing flows in from the losses
-        loss = gate.loss(Ensemble([bad, good], weights, space), labels)
+        loss = gate.loss(TeacherOutputs([bad, good], weights, space), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert student.logits.grad is None
-    assert float(gate([bad, good], student, labels)[1].mean()) > 0.8
+    assert float(gate(student, [bad, good], labels)[1].mean()) > 0.8
 
 
 def test_gate_loss_is_the_cross_entropy_of_the_weighted_answer_over_labelled_samples():
@@ -170,23 +172,23 @@ def test_gate_loss_is_the_cross_entropy_of_the_weighted_answer_over_labelled_sam
     gate = LearnedGate("a")
     gate.build(student, teachers)
     torch.nn.init.normal_(gate.gate.weight)
-    w = gate(teachers, student, target)
+    w = gate(student, teachers, target)
     answer = w[0, :, None] * teachers[0].logits.softmax(1) + w[1, :, None] * teachers[
         1
     ].logits.softmax(1)
     wanted = -sum(answer[b, target[b]].log() for b in (0, 2, 3)) / 3
-    loss = gate.loss(Ensemble(teachers, w), target)
+    loss = gate.loss(TeacherOutputs(teachers, w), target)
     torch.testing.assert_close(loss, wanted)
-    gate(teachers, student, None)
-    assert float(gate.loss(Ensemble(teachers, w), None)) == 0.0
+    gate(student, teachers, None)
+    assert float(gate.loss(TeacherOutputs(teachers, w), None)) == 0.0
 
 
 def test_attention_keeps_the_gradient_of_its_weights_and_of_nothing_else():
-    student = Knowledge(torch.randn(4, 3), {"a": torch.randn(4, 2, 2, 2, requires_grad=True)})
+    student = NetworkOutput(torch.randn(4, 3), {"a": torch.randn(4, 2, 2, 2, requires_grad=True)})
     teachers = [knowledge(), knowledge(width=5)]
     attention = AttentionOverLayers("a", "a")
     attention.build(student, teachers)
-    weights = attention(teachers, student, None)
+    weights = attention(student, teachers, None)
     q = attention.query(student.features["a"].mean((2, 3)))
     scores = torch.stack(
         [
@@ -195,7 +197,7 @@ def test_attention_keeps_the_gradient_of_its_weights_and_of_nothing_else():
         ]
     )
     torch.testing.assert_close(weights, scores.softmax(0))
-    Ensemble(teachers, weights).average([torch.rand(4), torch.rand(4)]).backward()
+    TeacherOutputs(teachers, weights).average([torch.rand(4), torch.rand(4)]).backward()
     assert all(p.grad is not None for p in attention.parameters())
     assert student.features["a"].grad is None
 
@@ -208,30 +210,30 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
         logits = torch.zeros(40, 4)
         for i, y in enumerate(labels.tolist()):
             logits[i, y if (i // 4) / 10 < rate[y // 2] else (y + 1) % 4] = 5.0
-        return Knowledge(logits)
+        return NetworkOutput(logits)
 
     student, experts = right_on([0.1, 0.6]), [right_on([0.8, 0.0]), right_on([0.0, 0.9])]
     paced = SelfPaced(threshold, classes=classes)
     paced.build(student, experts)
     assert paced.paced.tolist() == [1.0, 1.0]
     paced.observe(student, experts, labels)
-    paced.update()
+    paced.after_validation()
     wanted = [
         reference.self_paced_weight(0.1, 0.8, threshold),
         reference.self_paced_weight(0.6, 0.9, threshold),
     ]
     torch.testing.assert_close(paced.paced, torch.tensor(wanted))
     assert float(paced.strength) == pytest.approx(sum(wanted) / 2)
-    torch.testing.assert_close(paced(experts, student, None), torch.tensor(wanted) / sum(wanted))
+    torch.testing.assert_close(paced(student, experts, None), torch.tensor(wanted) / sum(wanted))
     twin = SelfPaced(threshold, classes=classes)
     twin.build(student, experts)
     twin.load_state_dict(paced.state_dict())
     assert torch.equal(twin.paced, paced.paced)
     paced.observe(experts[0], experts, labels)  # the student has caught up with the first
-    paced.update()
+    paced.after_validation()
     assert list(paced.active(2)) == [1]
     paced.observe(right_on([1.0, 1.0]), experts, labels)
-    paced.update()
+    paced.after_validation()
     assert list(paced.active(2)) == []
     paced.fade = False  # then nobody is better than anybody else
     assert list(paced.active(2)) == [0, 1]
@@ -239,16 +241,16 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
     paced.fade = True
     paced.eval()  # measured, the ensemble is of all
     assert list(paced.active(2)) == [0, 1]
-    torch.testing.assert_close(paced(experts, student, None), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(paced(student, experts, None), torch.tensor([0.5, 0.5]))
 
 
 def test_self_paced_finds_the_experts_classes_in_their_logits_and_ignores_unlabelled():
     first = torch.randn(4, 3)
     first[:, 2] = -torch.inf
     paced = SelfPaced()
-    paced.build(knowledge(), [Knowledge(first), knowledge()])
+    paced.build(knowledge(), [NetworkOutput(first), knowledge()])
     assert paced.known.tolist() == [[True, True, False], [True, True, True]]
-    paced.observe(knowledge(), [Knowledge(first), knowledge()], torch.tensor([0, 2, -1, 2]))
+    paced.observe(knowledge(), [NetworkOutput(first), knowledge()], torch.tensor([0, 2, -1, 2]))
     assert paced.counts[0].tolist() == [1.0, 3.0]
     with pytest.raises(ValueError, match="one list of classes for each of 2"):
         SelfPaced(classes=[[0]]).build(knowledge(), [knowledge()] * 2)
@@ -267,9 +269,9 @@ def test_domain_similarity_prefers_the_teacher_of_the_same_domain(divergence, ti
         save_domain(path, network, "relu", images)
     weighting = DomainSimilarity(paths, "relu", divergence)
     assert list(weighting.active(2)) == [0, 1]
-    torch.testing.assert_close(weighting([knowledge()] * 2, knowledge(), None), torch.ones(2) / 2)
+    torch.testing.assert_close(weighting(knowledge(), [knowledge()] * 2, None), torch.ones(2) / 2)
     weighting.calibrate([torch.rand(32, 1, 8, 8)], [network, network])
-    weights = weighting([knowledge()] * 2, knowledge(), None)
+    weights = weighting(knowledge(), [knowledge()] * 2, None)
     assert float(weights.sum()) == pytest.approx(1)
     assert weights[0] > weights[1]
     kept = weights.clone()

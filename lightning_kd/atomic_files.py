@@ -1,0 +1,86 @@
+"""Files that are never half there, and what is said of those that are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+#: what torch raises where a checkpoint is damaged
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError)
+ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Inside, write a file aside; it is then flushed to disk and takes its name, or nothing stays.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is still there.
+    """
+    aside = path.with_name(f".{path.name}.partial")  # overwritten, if a killed run left one
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(
+            f"Cannot write {path}: {reason}. What was there before is as it was. Free space, or "
+            f"choose another folder (--trainer.default_root_dir)."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is never half there; see ``written_atomically``."""
+    with written_atomically(path) as file:
+        file.write(content)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Make a folder, and raise ``OSError`` if nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Cannot write into {folder}: {error.strerror}. Choose another folder "
+            f"(--trainer.default_root_dir)."
+        ) from error
+
+
+def unreadable(path: Path, error: BaseException) -> str:
+    """Why a checkpoint cannot be read, and which ones beside it can."""
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        why = "needs pickle to load, which can run any code; this package never writes such files"
+    else:
+        why = "is damaged or no checkpoint"
+    others = sorted(
+        (p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: -p.stat().st_mtime
+    )
+    intact = next((p for p in others if _reads(p)), None)
+    offer = f"{intact} can be read." if intact else "No other checkpoint beside it can be read."
+    detail = str(error).partition("\n")[0] or "it is empty"
+    return f"{path} {why} ({detail}). {offer}"
+
+
+def _reads(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except UNREADABLE:
+        return False
+    return True

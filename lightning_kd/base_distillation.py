@@ -1,0 +1,165 @@
+"""What every core gives: losses of a batch, what is trained, what is kept, what is measured."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.outputs import NetworkOutput
+from lightning_kd.tasks import Task
+from lightning_kd.teachers import SubTeachers, TeacherEnsemble
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class BaseDistillation(nn.Module, ABC):
+    """What a paradigm trains; a LightningModule holds one, and so can a plain PyTorch loop."""
+
+    task: Task
+    task_weight: float
+    teachers: TeacherEnsemble
+    #: shape (C, H, W) of the images that ``build`` saw
+    input_shape: tuple[int, ...] | None = None
+
+    @property
+    @abstractmethod
+    def built(self) -> bool:
+        """Whether ``build`` was called."""
+
+    @abstractmethod
+    def build(self, x: Tensor, num_classes: int | None = None) -> None:
+        """Size adapters and gates by a dry run; once, before the optimizer is made.
+
+        Args:
+            x: Images (B, C, H, W); one is enough.
+            num_classes: Of the data, checked against the networks.
+
+        Raises:
+            ValueError: If a network cannot take these images, a layer does not exist, or the
+                numbers of classes differ.
+        """
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Find the layers that are read again, where some were replaced (SyncBatchNorm does)."""
+
+    @abstractmethod
+    def losses_and_output(
+        self, x: Tensor, target: Tensor | None
+    ) -> tuple[dict[str, Tensor], NetworkOutput]:
+        """Weighted losses of a batch by name, each a scalar, and the output; see ``forward``."""
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the loss of one batch.
+
+        Args:
+            x: Images, shape (B, C, H, W).
+            target: Labels (B, ...), -1 where unlabelled, or soft labels (B, K, ...); None: none.
+
+        Returns:
+            ``loss`` (the sum), ``task`` and each distillation loss by its name (weighted, scalars),
+            and ``output``, the logits that were trained.
+        """
+        if not self.built:
+            before = sum(1 for _ in self.parameters())
+            self.build(x[:1])
+            if sum(1 for _ in self.parameters()) > before:
+                warnings.warn(
+                    "Adapters were made in the first forward pass: call build(images) before the "
+                    "optimizer is made, or they are not trained.",
+                    stacklevel=2,
+                )
+        losses, output = self.losses_and_output(x, target)
+        return {"loss": total_loss(losses), **losses, "output": output.logits}
+
+    # ------------------------------------------------------------------ what is kept and measured
+
+    @abstractmethod
+    def trainable_modules(self) -> list[nn.Module]:
+        """Parts that the optimizer trains."""
+
+    @abstractmethod
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """Networks that are trained, each under the name of the file that it is exported to."""
+
+    @abstractmethod
+    def exported_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of one of them, under its own names, out of a state of this object."""
+
+    @abstractmethod
+    def exported_config(self, name: str, options: Mapping[str, Any]) -> Any:
+        """Configuration of one of them, out of a paradigm's options; None: there is none."""
+
+    def scores(self, logged: Mapping[str, Any]) -> list[float]:
+        """The watched metric of each of them in what was logged, as far as there are several."""
+        return []
+
+    def best_network(self, scores: Sequence[float]) -> str:
+        """Name of the one to keep, given their ``scores``."""
+        return next(iter(self.exported_networks()))
+
+    @abstractmethod
+    def output(self, x: Tensor) -> NetworkOutput:
+        """The answer for images (B, C, H, W), as it is predicted."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """New metrics of everything that is measured; call it after ``build``."""
+
+    @abstractmethod
+    def update_metrics(
+        self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
+    ) -> NetworkOutput:
+        """Measure one batch; with ``observe`` what learns from validation sees it, too."""
+
+    @abstractmethod
+    def after_validation(self) -> None:
+        """Let a weighting or exchange learn from what a validation inside a fit showed."""
+
+    #: whether ``calibrate`` is to be called before training
+    wants_images = False
+
+    def calibrate(self, images: Sequence[Tensor]) -> None:
+        """Let a weighting look at batches of training images (B, C, H, W) once."""
+
+    def random_parts(self) -> list[SubTeachers]:
+        """Parts that draw random numbers by a seed of their own; None: that of the run."""
+        source = getattr(self.teachers, "source", None)
+        return [] if source is None else [source]
+
+    def scalars(self) -> dict[str, Tensor]:
+        """More scalars of the last batch to log, by name."""
+        return {}
+
+    def compiled_networks(self) -> list[nn.Module]:
+        """Trained networks that ``torch.compile`` may compile, each by itself.
+
+        Raises:
+            ValueError: If they cannot be.
+        """
+        return list(self.exported_networks().values())
+
+
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the losses of a step.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not losses:
+        raise ValueError(
+            "Expected at least one loss, got none: the batch has no labels and there are no "
+            "distillation losses (or task_weight is 0)."
+        )
+    return torch.stack(list(losses.values())).sum()
+
+
+def cut_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries of a state whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,411 @@
+"""The core of peer learning: several students that teach each other. It knows no Lightning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.base_distillation import BaseDistillation, cut_prefix
+from lightning_kd.distillation import Distillation, Losses
+from lightning_kd.distributed import gather_over_ranks
+from lightning_kd.exchange import Exchange, Mutual
+from lightning_kd.features import dry_run
+from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.peers import Peers
+from lightning_kd.tasks import Classification, Task
+from lightning_kd.teachers import TeacherEnsemble
+from lightning_kd.weighting import Weighting
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class Cohort(BaseDistillation):
+    r"""Untrained networks learn together, each from the labels and from its peers.
+
+    .. math:: \sum_k \Big[ w_{task} L_{task}(z_k, y) + w(t) \sum_i w_i L_i(k, peers) \Big]
+
+    Args:
+        peers: Two or more networks of the same classes, or exactly one ``MultiBranch`` or ``Tree``.
+        exchange: Who teaches whom; ``None``: ``Mutual``.
+        losses: What is transferred; every peer gets its own copy. ``None``: ``SoftTarget`` at
+            temperature 1.
+        teachers: Trained networks that every peer learns from beside its peers.
+        teacher_losses: What these transfer; ``None``: ``SoftTarget`` at temperature 4.
+        weighting: How far each teacher is trusted; ``None``: all alike.
+        batched: Run peers of one architecture as one network.
+        view: A random transform of a batch of images, drawn anew for each peer.
+        task: What the networks are asked; ``None``: ``Classification``.
+        task_weight: Multiplier of the loss with the labels.
+
+    Raises:
+        TypeError: If a part is not what its place needs.
+        ValueError: If there are fewer than two peers, or two networks share weights.
+
+    Source:
+        Zhang et al. 2018 (DML), https://arxiv.org/abs/1706.00384, equations 4 to 8.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[nn.Module],
+        exchange: Exchange | None = None,
+        losses: Losses | None = None,
+        teachers: Sequence[nn.Module] | None = None,
+        teacher_losses: Losses | None = None,
+        weighting: Weighting | None = None,
+        batched: bool = False,
+        view: nn.Module | None = None,
+        task: Task | None = None,
+        task_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if exchange is not None and not isinstance(exchange, Exchange):
+            raise TypeError(f"Expected exchange of type Exchange, got {exchange!r}.")
+        self.task, self.task_weight = task or Classification(), task_weight
+        self.peers, self.exchange, self.view = Peers(peers, batched), exchange or Mutual(), view
+        if len(self.peers) < 2:
+            raise ValueError(
+                f"Expected at least two peers (or one MultiBranch), got {len(self.peers)}."
+            )
+        named = losses_by_name([SoftTarget(temperature=1.0)] if losses is None else losses)
+        for loss in named.values():
+            if type(loss).attach is not DistillationLoss.attach:
+                raise ValueError(
+                    f"Expected losses that compare answers, got {type(loss).__name__}, which uses "
+                    f"a teacher's layers: peers are being trained. Give it in teacher_losses."
+                )
+        self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
+        if not teachers and (teacher_losses or weighting):
+            raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
+        if weighting is not None and (
+            weighting.wants_images or type(weighting).observe is not Weighting.observe
+        ):
+            raise ValueError(
+                f"Expected a weighting that judges by the batch alone for the teachers of a "
+                f"cohort, such as Uniform or Confidence, got {type(weighting).__name__}."
+            )
+        given = [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
+        given = losses_by_name(given)
+        inside = [type(loss).__name__ for loss in given.values() if loss.changes_student]
+        if inside and (self.peers.branching or batched):
+            raise ValueError(
+                f"Expected networks that run apart with {inside}, which flow into their forward "
+                f"passes, got branches or batched=True."
+            )
+        self.teachers = TeacherEnsemble(teachers or [])
+        self.teachers.refuse_weights_of(self.peers.networks)
+        #: for each peer what it learns from trained teachers
+        self.from_teachers = nn.ModuleList(
+            Distillation(
+                None, self.teachers, copy.deepcopy(given), copy.deepcopy(weighting), self.task
+            )
+            for _ in (self.names if teachers else ())
+        )
+        #: whether all peers step together, by one sum of losses
+        self.simultaneous = True
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the peers in the log."""
+        return [f"peer_{k}" for k in range(len(self.peers))]
+
+    # ------------------------------------------------------------------ one batch
+
+    def losses_and_output(
+        self, x: Tensor, target: Tensor | None
+    ) -> tuple[dict[str, Tensor], NetworkOutput]:
+        """Weighted losses of all peers by name, each a scalar, and their logits (K, B, ...)."""
+        views = self.peer_inputs(x)
+        teachers = self.before_peers(views)
+        peers = self.peers(views)
+        losses: dict[str, Tensor] = {}
+        for k, taught in enumerate(self.exchange(peers, self.task.hard_target(target))):
+            if self.peers.mine in (None, k):
+                losses |= self.peer_losses(k, peers[k], taught, target, teachers[k])
+        if self.peers.mine is not None:
+            losses = self._with_others(losses)
+        else:
+            losses |= self.exchange.extra_losses(peers, target)
+        return losses, NetworkOutput(torch.stack([peer.logits for peer in peers]))
+
+    def peer_inputs(self, x: Tensor) -> list[Tensor]:
+        """What each peer sees of images (B, C, H, W)."""
+        if self.view is None:
+            return [x] * len(self.peers)
+        if self.peers.branching:
+            return [self.view(x)] * len(self.peers)
+        return [self.view(x) for _ in self.names]
+
+    def before_peers(self, views: Sequence[Tensor]) -> list[dict[int, NetworkOutput]]:
+        """Ask whoever is asked before the peers run, given the images (B, C, H, W) of each.
+
+        Returns:
+            For each peer, outputs of its trained teachers by their index; no teacher is asked twice
+            about the same images.
+        """
+        self.exchange.before_peers(views)
+        asked: dict[tuple[int, int], NetworkOutput] = {}
+        answers: list[dict[int, NetworkOutput]] = [{} for _ in views]
+        for k, learner in enumerate(self._from_teachers()):
+            for m in learner.weighting.active(len(self.teachers)):
+                if (m, id(views[k])) not in asked:
+                    (asked[m, id(views[k])],) = learner.teacher_outputs(views[k], [m])
+                answers[k][m] = asked[m, id(views[k])]
+            learner.before_student(list(answers[k].values()), tuple(answers[k]))
+        return answers
+
+    def peer_losses(
+        self,
+        k: int,
+        peer: NetworkOutput,
+        taught: TeacherOutputs | None,
+        target: Tensor | None,
+        teachers: Mapping[int, NetworkOutput],
+    ) -> dict[str, Tensor]:
+        """Weighted losses of one peer by name.
+
+        Args:
+            k: Which peer.
+            peer: Its output.
+            taught: What its peers teach it; None: nothing now.
+            target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
+            teachers: Outputs of trained teachers, by their index.
+        """
+        losses: dict[str, Tensor] = {}
+        if target is not None and self.task_weight:
+            losses["task"] = self.task_weight * self.task.mean_loss(peer, target)
+        hard = self.task.hard_target(target)
+        for name, loss in self._losses(k).items():
+            if taught is not None:
+                value = loss.weight * loss(peer, taught, hard)
+            else:
+                value = 0.0 * peer.logits.float().sum()
+            adapters = [p.sum() for p in loss.parameters()]
+            if adapters:  # DDP wants a gradient of each, whoever teaches
+                value = value + 0.0 * torch.stack(adapters).sum()
+            losses[name] = value
+        if teachers:
+            learner = self._from_teachers()[k]
+            more = learner.distillation_losses(
+                peer, list(teachers.values()), tuple(teachers), target
+            )
+            losses |= {f"teacher/{name}": value for name, value in more.items()}
+        return {f"peer_{k}/{name}": value for name, value in losses.items()}
+
+    def _with_others(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of all peers, those of other processes without gradient."""
+        if not own:
+            return own  # nobody has a loss, as ``total_loss`` will say
+        values = gather_over_ranks(torch.stack(list(own.values())))
+        prefix = f"peer_{self.peers.mine}/"
+        losses: dict[str, Tensor] = {}
+        for k, theirs in enumerate(values):
+            names = [f"peer_{k}/{name.removeprefix(prefix)}" for name in own]
+            losses |= own if k == self.peers.mine else dict(zip(names, theirs, strict=True))
+        return losses
+
+    # ------------------------------------------------------------------ sizes and layers
+
+    @property
+    def built(self) -> bool:
+        """Whether ``build`` was called."""
+        return self.peers.built
+
+    def build(self, x: Tensor, num_classes: int | None = None) -> None:
+        """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
+        if self.built:
+            return
+        layers = [*self.exchange.layers()]
+        layers += [
+            layer for learner in self._from_teachers()[:1] for layer in learner.student_layers()
+        ]
+        for loss in self._losses(0).values():
+            layers += loss.student_layers()
+            layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
+        self.peers.record_layers(list(dict.fromkeys(layers)))
+        peers: list[NetworkOutput] = []
+
+        def run(images: Tensor) -> NetworkOutput:
+            peers.extend(self.peers([images] * len(self.peers)))
+            return peers[0]
+
+        dry_run("a peer", self.peers, run, x)
+        self.task.check({f"peer {k}": peer for k, peer in enumerate(peers)}, num_classes)
+        self.exchange.attach(self.peers)
+        self.exchange.build(peers)
+        for k, peer in enumerate(peers):
+            for loss in self._losses(k).values():
+                loss.build(peer, peers)
+        if self.from_teachers:
+            first = self._from_teachers()[0]
+            teachers = self.teachers.build(first.teacher_layers, x)
+            named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
+            self.task.check({"a peer": peers[0], **named})
+            for learner, peer in zip(self._from_teachers(), peers, strict=True):
+                learner.build_parts(peer, teachers)
+        self.losses.to(x.device)
+        self.exchange.to(x.device)
+        self.input_shape, self._examples = tuple(x.shape[1:]), peers
+        self.attach()
+
+    def attach(self) -> None:
+        """Find layers again, where some were replaced."""
+        self.peers.hook()
+        if not self.peers.branching:
+            for learner, peer in zip(self._from_teachers(), self.peers.networks, strict=False):
+                learner.attach_losses(peer)
+
+    def _losses(self, k: int) -> dict[str, DistillationLoss]:
+        losses = self.losses[k]
+        assert isinstance(losses, nn.ModuleDict)
+        return {n: loss for n, loss in losses.items() if isinstance(loss, DistillationLoss)}
+
+    def _from_teachers(self) -> list[Distillation]:
+        return [part for part in self.from_teachers if isinstance(part, Distillation)]
+
+    # ------------------------------------------------------------------ what is kept and measured
+
+    def trainable_modules(self) -> list[nn.Module]:
+        """Peers, adapters, gates, and what the exchange learns outside of a game."""
+        parts: list[nn.Module] = [self.peers, self.losses, self.from_teachers]
+        return parts if self.exchange.plays_a_game else [*parts, self.exchange]
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """The peers; each branch of a ``MultiBranch`` as a network of its own."""
+        if not self.peers.branching:
+            return dict(zip(self.names, self.peers.networks, strict=True))
+        networks = {}
+        for k, name in enumerate(self.names):
+            networks[name] = self.peers.branch.branch_network(k)
+            networks[name].load_state_dict(self.peers.state(k))
+        return networks
+
+    def exported_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One peer's weights."""
+        k = self.names.index(name)
+        if not self.peers.branching:
+            return cut_prefix(state, f"peers.networks.{k}.")
+        return self.peers.branch.branch_state(k, cut_prefix(state, "peers.networks.0."))
+
+    def exported_config(self, name: str, options: Mapping[str, Any]) -> Any:
+        """One peer's configuration."""
+        configs = options.get("peers")
+        if configs is None:
+            return None
+        k = self.names.index(name)
+        if self.peers.branching:
+            return self.peers.branch.branch_config(k, configs[0])
+        return configs[k]
+
+    def scores(self, logged: Mapping[str, Any]) -> list[float]:
+        """The watched metric of each peer at the last validation; empty where it was not."""
+        keys = [f"val/{name}/{self.task.watched}" for name in self.names]
+        return [float(logged[key]) for key in keys] if all(k in logged for k in keys) else []
+
+    def best_network(self, scores: Sequence[float]) -> str:
+        """The peer of the best score; the last one (a leader) where nothing was measured."""
+        if not scores:
+            return self.names[-1]
+        sign = 1 if self.task.higher_is_better else -1
+        return self.names[max(range(len(scores)), key=lambda k: sign * scores[k])]
+
+    def compiled_networks(self) -> list[nn.Module]:
+        """The peers, or trunk and branches.
+
+        Raises:
+            ValueError: If they run as one.
+        """
+        if self.peers.batched:
+            raise ValueError("batched=True, which is one network already: compile it in Python")
+        if self.peers.branching:
+            return [self.peers.branch.trunk, *self.peers.branch.branches]
+        return list(self.peers.networks)
+
+    def output(self, x: Tensor) -> NetworkOutput:
+        """The cohort's answer as log-probabilities."""
+        peers = self.peers([x] * len(self.peers))
+        return NetworkOutput(self.exchange.log_probabilities(peers))
+
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics of the cohort's answer, the watched one of each peer, agreement of each pair."""
+        task, peer = self.task, self._examples[0]
+        metrics = {n if n == "loss" else f"ensemble/{n}": m for n, m in task.metrics(peer).items()}
+        watched = task.watched
+        metrics |= {f"{name}/{watched}": task.metrics(peer)[watched] for name in self.names}
+        pairs = combinations(range(len(self.peers)), 2)
+        return metrics | {f"agreement_{j}_{k}": task.agreement(peer) for j, k in pairs}
+
+    def update_metrics(
+        self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
+    ) -> NetworkOutput:
+        """Measure every peer, the cohort's answer, and how far peers agree."""
+        task, peers = self.task, self.peers([x] * len(self.peers))
+        answer = NetworkOutput(self.exchange.log_probabilities(peers))
+        for j, k in combinations(range(len(peers)), 2):
+            task.update_agreement(metrics[f"agreement_{j}_{k}"], peers[j], peers[k])
+        if target is not None:
+            own = {name.removeprefix("ensemble/"): m for name, m in metrics.items()}
+            task.update(own, answer, target)
+            for name, peer in zip(self.names, peers, strict=True):
+                task.update({task.watched: metrics[f"{name}/{task.watched}"]}, peer, target)
+            if observe:
+                self.exchange.observe(peers, target)
+        return answer
+
+    def after_validation(self) -> None:
+        """Let the exchange learn from what it observed."""
+        self.exchange.after_validation()
+
+    # ------------------------------------------------------------------ one peer in each process
+
+    def own(self, index: int | None, count: int = 1) -> None:
+        """Run and train peer ``index`` alone, with ``count`` processes in all; None: all peers.
+
+        Raises:
+            ValueError: If this cohort cannot be divided so.
+        """
+        if index is not None:
+            layers = [n for loss in self._losses(0).values() for n in loss.teacher_layers(0)]
+            if not self.simultaneous or not self.exchange.allows_sequential_update:
+                what = f"another update, or {type(self.exchange).__name__}"
+            elif self.peers.branching:
+                what = "branches of one network"
+            elif layers or self.exchange.layers():
+                what = f"layers {[*layers, *self.exchange.layers()]} of peers, which are not sent"
+            elif count != len(self.peers):
+                raise ValueError(
+                    f"Expected one process for each of {len(self.peers)} peers, got {count}: set "
+                    f"--trainer.devices {len(self.peers)}."
+                )
+            elif not any(p.requires_grad for p in self.peers.networks[index].parameters()):
+                what = f"peer {index} without a parameter to train"
+            else:
+                what = ""
+            if what:
+                raise ValueError(
+                    f'Expected update="simultaneous" and an exchange of answers alone, such as '
+                    f"Mutual, with one peer in each process, got {what}: use one process, or ddp."
+                )
+        for part in self.modules():
+            if isinstance(part, Peers):  # those of the exchange's shadow too
+                part.mine = index
+
+    def parts(self) -> list[list[nn.Module]]:
+        """What belongs to each peer."""
+        cohorts = [part for part in self.modules() if isinstance(part, Peers)]
+        learners = self._from_teachers()
+        return [
+            [
+                *(cohort.networks[k] for cohort in cohorts),
+                self.losses[k],
+                *(part for one in learners[k : k + 1] for part in (one.losses, one.weighting)),
+            ]
+            for k in range(len(self.peers))
+        ]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_kd.data_free.image_losses.base import ImageLoss, ImageLossInputs
+from lightning_kd.functional import jensen_shannon_of_logits, kl_divergence, logit_l1
+
+
+class Adversarial(ImageLoss):
+    """Images on which the student differs from its teacher; the difference is made large.
+
+    Args:
+        weight: Multiplier of this loss in the total.
+        distance: ``"kl"``, ``"l1"`` (of logits, DFAD) or ``"js"`` (DeepInversion).
+        masked: Count images only on which both see the same class, as CMI and Fast-Datafree do.
+        temperature: Softening of both, > 0; not for ``"l1"``.
+
+    Raises:
+        ValueError: If ``distance`` is none of these or ``temperature`` not positive.
+
+    Source:
+        Micaelli & Storkey 2019 (ZSKT), https://arxiv.org/abs/1905.09768; DFAD,
+        https://arxiv.org/abs/1912.11006, equation 4; mask: CMI, https://arxiv.org/abs/2105.08584.
+    """
+
+    reads_student = True
+    waits = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        distance: Literal["kl", "l1", "js"] = "kl",
+        masked: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        if distance not in ("kl", "l1", "js"):
+            raise ValueError(f'Expected distance "kl", "l1" or "js", got {distance!r}.')
+        if temperature <= 0:
+            raise ValueError(f"Expected temperature > 0, got {temperature}.")
+        self.distance, self.masked, self.temperature = distance, masked, temperature
+
+    def forward(self, inputs: ImageLossInputs) -> Tensor:
+        """Scalar; see ``ImageLoss.forward``."""
+        assert inputs.student is not None
+        student, teacher, t = inputs.student.logits, inputs.teacher.logits, self.temperature
+        if self.distance == "kl":
+            apart = kl_divergence(student, teacher, t, t)
+        elif self.distance == "l1":
+            apart = logit_l1(student, teacher)
+        else:
+            apart = jensen_shannon_of_logits(student, teacher, t)
+        if self.masked:
+            apart = apart * (student.argmax(1) == teacher.argmax(1))
+        return -apart.mean()

@@ -1,0 +1,352 @@
+"""The core: a student, its teachers, and the losses between them. It knows no Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.base_distillation import BaseDistillation, cut_prefix
+from lightning_kd.features import Tap, dry_run
+from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.tasks import Classification, Task
+from lightning_kd.teachers import (
+    StochasticDepth,
+    SubTeacherEnsemble,
+    SubTeachers,
+    TeacherEnsemble,
+)
+from lightning_kd.weighting import Uniform, Weighting
+from lightning_kd.weighting.base import check_weights
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+Losses = Mapping[str, DistillationLoss] | Sequence[DistillationLoss]
+
+
+class Distillation(BaseDistillation):
+    r"""One student learns from labels and from any number of frozen teachers.
+
+    .. math:: w_{task} L_{task}(z^S, y) + \sum_i w_i L_i(student, teachers)
+
+    Args:
+        student: The network to train.
+        teachers: Trained networks, which are never touched; one of them needs no list.
+        losses: What is transferred, each with its weight; as a mapping, under the names that are
+            given. ``None``: ``SoftTarget`` at temperature 4, weight 0.9, if there is a teacher.
+        weighting: How far each teacher is trusted; ``None``: all alike.
+        task: What the networks are asked; ``None``: ``Classification``.
+        task_weight: Multiplier of the loss with the labels; labels of -1 are left out.
+        depth: Leave out blocks of the student at random in training.
+
+    Raises:
+        TypeError: If a part is not what its place needs.
+        ValueError: If student and teachers share weights.
+
+    Source:
+        Hinton et al. 2015, https://arxiv.org/abs/1503.02531; You et al., KDD 2017.
+
+    Example:
+        >>> from torch import nn
+        >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> losses = Distillation(student, teacher)(torch.zeros(2, 4), torch.tensor([0, 2]))
+        >>> sorted(losses)
+        ['loss', 'output', 'soft_target', 'task']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | None,
+        teachers: nn.Module | Sequence[nn.Module] = (),
+        losses: Losses | None = None,
+        weighting: Weighting | None = None,
+        task: Task | None = None,
+        task_weight: float = 0.1,
+        depth: StochasticDepth | None = None,
+    ) -> None:
+        super().__init__()
+        ensemble = teachers if isinstance(teachers, TeacherEnsemble) else TeacherEnsemble(teachers)
+        for name, part, kind in (
+            ("student", student, nn.Module), ("weighting", weighting, Weighting),
+            ("task", task, Task),
+        ):  # fmt: skip
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(
+                    f"Expected {name} of type {kind.__name__}, got {type(part).__name__}."
+                )
+        if losses is None:
+            losses = [SoftTarget(temperature=4.0, weight=0.9)] if len(ensemble) else []
+        self.task, self.task_weight = task or Classification(), task_weight
+        #: None in a cohort, whose peers run elsewhere
+        self.student = None if student is None else student.train()  # pretrained ones are in eval
+        self.losses = nn.ModuleDict(losses_by_name(losses))
+        self.weighting = weighting or Uniform()
+        self.teachers, self.depth = ensemble, depth
+        if student is not None:
+            ensemble.refuse_weights_of([student])
+        self._tap: Tap | None = None
+        self._trust: tuple[Sequence[int], Tensor] | None = None
+
+    # ------------------------------------------------------------------ one batch
+
+    def losses_and_output(
+        self, x: Tensor, target: Tensor | None, teacher_logits: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], NetworkOutput]:
+        """Weighted losses of a batch by name, each a scalar, and the student's output.
+
+        Args:
+            x: Images, shape (B, C, H, W).
+            target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
+            teacher_logits: What teachers said of these images, (B, M, K); None: they are asked.
+        """
+        indices: Sequence[int] = ()
+        teachers: list[NetworkOutput] = []
+        if self.losses:
+            indices = tuple(self.weighting.active(len(self.teachers)))
+            if teacher_logits is not None:
+                teachers = [NetworkOutput(teacher_logits[:, m]) for m in indices]
+            else:
+                readers = (*self._losses(), self.weighting)
+                need_logits = any(part.reads_logits for part in readers)
+                teachers = self.teacher_outputs(x, indices, need_logits)
+            self.before_student(teachers, indices)
+        student = self.student_output(x)
+        losses = {}
+        if target is not None and self.task_weight:
+            losses["task"] = self.task_weight * self.task.mean_loss(student, target)
+        if teachers:
+            losses |= self.distillation_losses(student, teachers, indices, target)
+        if len(indices) < len(self.teachers) and self.losses:
+            # DDP and optimizers see every adapter each step, whoever was asked
+            rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
+            rest.append(student.logits.sum())
+            first = next(iter(self.losses))
+            losses[first] = losses.get(first, 0.0) + 0.0 * torch.stack(rest).sum()
+        return losses, student
+
+    def student_output(self, x: Tensor) -> NetworkOutput:
+        """The student's output for images (B, C, H, W), with the features that are read."""
+        if self._tap is None:
+            raise RuntimeError(
+                "The student's layers are not known yet: a Trainer finds them, or call "
+                "build(images) by hand."
+            )
+        if self.depth is None or not self.training:
+            return self._tap(x)
+        with self.depth.one_path():
+            return self._tap(x)
+
+    @torch.no_grad()  # here, not inside Teacher: data-free methods need the gradient
+    def teacher_outputs(
+        self, x: Tensor, indices: Sequence[int] | None = None, need_logits: bool = True
+    ) -> list[NetworkOutput]:
+        """Outputs of the teachers of these indices (None: all), without gradient.
+
+        Without ``need_logits`` they run only as far as their layers are read.
+        """
+        outputs: list[NetworkOutput] = self.teachers(x, indices, need_logits)
+        return outputs
+
+    def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
+        """Show the outputs of the teachers of these indices to losses, before the student runs."""
+        for loss in self._losses():
+            loss.before_student(teachers, indices)
+
+    def distillation_losses(
+        self,
+        student: NetworkOutput,
+        teachers: Sequence[NetworkOutput],
+        indices: Sequence[int],
+        target: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Weigh the teachers, and compute the weighted distillation losses by name.
+
+        Args:
+            student: The student's output.
+            teachers: Outputs of the teachers of these ``indices``.
+            indices: Which teachers were asked.
+            target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
+        """
+        target = self.task.hard_target(target)
+        trust = self.weighting(student, teachers, target)
+        check_weights(trust, self.weighting, len(teachers), len(student.logits))
+        outputs = TeacherOutputs(teachers, trust, self.weighting.space, indices)
+        losses: dict[str, Tensor] = {}
+        if trust.requires_grad:  # not every loss asks for it, and DDP wants a gradient
+            losses["gate"] = 0.0 * trust.sum()
+        for name, loss in zip(self.losses, self._losses(), strict=True):
+            losses[name] = loss.weight * self.weighting.strength * loss(student, outputs, target)
+        gate = self.weighting.loss(outputs, target)
+        if gate is not None:
+            losses["gate"] = gate
+        self._trust = (indices, trust.detach())
+        return losses
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Mean trust in each teacher, where it changes."""
+        found, self._trust = self._trust, None
+        if found is None or not self.weighting.varies:
+            return {}
+        indices, trust = found
+        shares = (trust.mean(1) if trust.dim() == 2 else trust).unbind()
+        # who was not asked counted for nothing
+        logged = {f"trust_{m}": trust.new_zeros(()) for m in range(len(self.teachers))}
+        return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
+
+    # ------------------------------------------------------------------ sizes and layers
+
+    @property
+    def built(self) -> bool:
+        """Whether ``build`` was called."""
+        return self._tap is not None
+
+    def build(self, x: Tensor, num_classes: int | None = None) -> None:
+        """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
+        if self.built:
+            return
+        assert self.student is not None
+        if self.depth is not None:
+            self.depth.prepare(self.student, x[:1])
+        tap = Tap(self.student, self.student_layers())
+        student = dry_run("the student", self.student, tap, x)
+        teachers = self.teachers.build(self.teacher_layers, x)
+        named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
+        self.task.check({"the student": student, **named}, num_classes)
+        partial = any(bool((t.logits == -torch.inf).any()) for t in teachers)
+        for loss in self._losses():
+            if partial and not loss.takes_unknown_classes:
+                raise ValueError(
+                    f"Expected teachers that know all classes with {type(loss).__name__}, got one "
+                    f"that knows some only: use SubsetTarget, or leave it out."
+                )
+        self.weighting.active(len(self.teachers))  # a wrong number of weights is reported now
+        self.build_parts(student, teachers)
+        self.input_shape = tuple(x.shape[1:])
+        self.example, self._tap = student, tap
+        self.attach()
+
+    def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
+        """Size losses and weighting by outputs of a dry run."""
+        for part in self._parts():
+            part.build(student, teachers)
+            part.to(student.logits.device)
+
+    def student_layers(self) -> list[str]:
+        """Layers of the student that are read."""
+        return [layer for part in self._parts() for layer in part.student_layers()]
+
+    def teacher_layers(self, index: int) -> list[str]:
+        """Layers of teacher ``index`` that are read."""
+        return [layer for part in self._parts() for layer in part.teacher_layers(index)]
+
+    def attach(self) -> None:
+        """Find layers again, where some were replaced."""
+        if self._tap is not None:
+            self._tap.hook()
+        if self.student is not None:
+            self.attach_losses(self.student)
+
+    def attach_losses(self, student: nn.Module) -> None:
+        """Let losses reach into the student and the teachers."""
+        for loss in self._losses():
+            loss.attach(student, self.teachers.networks())
+
+    def _losses(self) -> Iterator[DistillationLoss]:
+        for loss in self.losses.values():
+            assert isinstance(loss, DistillationLoss)
+            yield loss
+
+    def _parts(self) -> list[DistillationLoss | Weighting]:
+        return [*self._losses(), self.weighting]
+
+    # ------------------------------------------------------------------ what is kept and measured
+
+    def trainable_modules(self) -> list[nn.Module]:
+        """Student, adapters and gates."""
+        parts = [self.student, self.losses, self.weighting]
+        return [part for part in parts if part is not None]
+
+    def exported_networks(self) -> dict[str, nn.Module]:
+        """The student."""
+        assert self.student is not None
+        return {"student": self.student}
+
+    def exported_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's weights."""
+        return cut_prefix(state, "student.")
+
+    def exported_config(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The student's configuration."""
+        return options.get("student")
+
+    def compiled_networks(self) -> list[nn.Module]:
+        """The student.
+
+        Raises:
+            ValueError: If the path through it changes at each step.
+        """
+        if self.depth is not None:
+            raise ValueError("a student with a depth, whose path changes at each step")
+        if isinstance(self.teachers, SubTeacherEnsemble):
+            raise ValueError(self.teachers.why_not_whole)
+        return super().compiled_networks()
+
+    def output(self, x: Tensor) -> NetworkOutput:
+        """The student's logits."""
+        assert self.student is not None
+        return NetworkOutput.read(self.student(x))
+
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics of the student; with teachers, the watched one of theirs and the agreement."""
+        metrics = self.task.metrics(self.example)
+        if len(self.teachers):
+            watched = self.task.watched
+            metrics["agreement"] = self.task.agreement(self.example)
+            names = ["ensemble", *(f"teacher_{m}" for m in range(len(self.teachers)))]
+            metrics |= {f"{n}/{watched}": self.task.metrics(self.example)[watched] for n in names}
+        return metrics
+
+    def update_metrics(
+        self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
+    ) -> NetworkOutput:
+        """Measure the student, its teachers and their agreement."""
+        student, task = self.student_output(x), self.task
+        answers: dict[str, NetworkOutput] = {}
+        if len(self.teachers):
+            teachers = self.teacher_outputs(x)
+            answers = {f"teacher_{m}": output for m, output in enumerate(teachers)}
+            indices = tuple(self.weighting.active(len(teachers)))
+            asked = [teachers[m] for m in indices]
+            # without labels: an answer that was weighed by the right one would be no measurement
+            trust = self.weighting(student, asked, None)
+            mean = TeacherOutputs(asked, trust, self.weighting.space, indices).log_probabilities()
+            answers["ensemble"] = NetworkOutput(mean)
+            task.update_agreement(metrics["agreement"], student, answers["ensemble"])
+        if target is not None:
+            task.update(metrics, student, target)
+            for name, output in answers.items():
+                task.update({task.watched: metrics[f"{name}/{task.watched}"]}, output, target)
+            if observe:
+                self.weighting.observe(student, teachers if answers else [], target)
+        return student
+
+    @property
+    def wants_images(self) -> bool:  # type: ignore[override]
+        """Whether the weighting is to look at training images."""
+        return self.weighting.wants_images
+
+    def calibrate(self, images: Sequence[Tensor]) -> None:
+        """Let the weighting look at batches of training images (B, C, H, W) once."""
+        self.weighting.calibrate(images, self.teachers.networks())
+
+    def random_parts(self) -> list[SubTeachers]:
+        """The student's depth, and what makes sub-teachers."""
+        return [*([] if self.depth is None else [self.depth]), *super().random_parts()]
+
+    def after_validation(self) -> None:
+        """Let the weighting learn from what it observed."""
+        self.weighting.after_validation()

@@ -1,0 +1,77 @@
+"""Images that are like those of a run, without disturbing it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import IterableDataset
+
+
+def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor, Any]]) -> Tensor:
+    """One image of the shape that the data has, (1, C, H, W), without disturbing any generator.
+
+    Raises:
+        ValueError: If the data is empty.
+    """
+    trainer = module.trainer
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    shape = getattr(datamodule, "image_shape", None)
+    if shape is not None:
+        return torch.zeros(1, *shape)
+    if isinstance(module.example_input_array, Tensor):
+        return module.example_input_array
+    loop: Any = {
+        "fit": trainer.fit_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }[str(trainer.state.fn and trainer.state.fn.value)]
+    with isolate_rng():
+        batch = _first_batch(loop._data_source.dataloader(), together=loop is trainer.fit_loop)
+        batch = (datamodule or module).on_after_batch_transfer(batch, 0)
+    return unpack(batch)[0][:1]
+
+
+def _first_batch(loaders: Any, together: bool) -> Any:
+    """First batch as a loop sees it: training gets that of all loaders ``together``."""
+    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    leaves, structure = tree_flatten(loaders)
+    if not together:
+        return _first(leaves[0])
+    return tree_unflatten([_first(loader) for loader in leaves], structure)
+
+
+def _first(loader: Any) -> Any:
+    dataset = getattr(loader, "dataset", None)
+    mapped = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    if mapped and getattr(loader, "batch_sampler", None) is not None:
+        if not len(dataset):  # type: ignore[arg-type]
+            raise ValueError("Expected data, got an empty dataset: check its path and filters.")
+        return loader.collate_fn([dataset[0]])  # type: ignore[index]  # no worker starts
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError("Expected data, got a loader without a batch.")
+    return batch
+
+
+def training_images(
+    module: LightningModule, unpack: Callable[[Any], tuple[Tensor, Any]], batches: int = 16
+) -> list[Tensor]:
+    """Images of the first training batches, without disturbing any generator."""
+    trainer = module.trainer
+    transfer = (getattr(trainer, "datamodule", None) or module).on_after_batch_transfer
+    convert = trainer.precision_plugin.convert_input
+    with isolate_rng():
+        loader = trainer.fit_loop._data_source.dataloader()
+        if not isinstance(loader, CombinedLoader):
+            loader = CombinedLoader(loader, "max_size_cycle")  # as the training loop does
+        first = itertools.islice(loader, batches)
+        return [unpack(transfer(convert(batch), 0))[0] for batch, _, _ in first]

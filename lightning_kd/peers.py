@@ -1,0 +1,135 @@
+"""The networks of a cohort, whether separate or branches of one, behind one interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.distributed import gather_over_ranks
+from lightning_kd.features import Batched, Tap
+from lightning_kd.models import Branching
+from lightning_kd.outputs import NetworkOutput
+
+
+@contextlib.contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use a batch's statistics, but not learn from them."""
+    norms = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class Peers(nn.Module):
+    """Several networks, or one of several branches, asked together.
+
+    Args:
+        networks: Two or more networks, or exactly one ``MultiBranch`` or ``Tree``.
+        batched: Run networks of one architecture as one.
+
+    Raises:
+        ValueError: If two of them share weights.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], batched: bool = False) -> None:
+        super().__init__()
+        self.batched = batched
+        self._batch: Batched | None = None
+        self.networks = nn.ModuleList(networks).train()  # not so if they are pretrained
+        self.branching = len(networks) == 1 and isinstance(networks[0], Branching)
+        owners: dict[int, int] = {}
+        for index, network in enumerate(networks):
+            for p in network.parameters():
+                if owners.setdefault(p.data_ptr(), index) != index:
+                    raise ValueError(
+                        f"Expected peers to be separate networks, but peers "
+                        f"{owners[p.data_ptr()]} and {index} share weights: build each anew."
+                    )
+        #: the one peer that this process asks, where each process has its own; None: it asks all
+        self.mine: int | None = None
+        self._taps: list[Tap] = []
+        self._trunk: Tap | None = None
+
+    def __len__(self) -> int:
+        return len(self.branch.branches) if self.branching else len(self.networks)
+
+    @property
+    def branch(self) -> Branching:
+        """The one network of branches."""
+        network = self.networks[0]
+        assert isinstance(network, Branching)
+        return network
+
+    def record_layers(self, layers: Sequence[str]) -> None:
+        """Record the outputs of these layers of every peer.
+
+        Raises:
+            ValueError: If a layer does not exist.
+        """
+        for tap in self._taps:
+            tap.remove()
+        if self.branching:
+            shared = {name for name, _ in self.branch.trunk.named_modules()}
+            before = [layer for layer in layers if layer in shared]
+            behind = [layer for layer in layers if layer not in shared]
+            self._trunk = Tap(self.branch.trunk, before)
+            self._taps = [Tap(branch, behind) for branch in self.branch.branches]
+        else:
+            self._taps = [Tap(network, layers) for network in self.networks]
+            if self.batched:
+                self._batch = Batched(list(self.networks), self._taps[0])
+
+    def hook(self) -> None:
+        """Hook the layers again, where some were replaced."""
+        for tap in [*self._taps, *([self._trunk] if self._trunk else [])]:
+            tap.hook()
+
+    @property
+    def built(self) -> bool:
+        """Whether ``record_layers`` was called."""
+        return bool(self._taps)
+
+    def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
+        """Ask every peer.
+
+        Args:
+            views: Images (B, C, H, W) for each peer; branches share the first.
+        """
+        if self.mine is not None:
+            own = self._taps[self.mine](views[self.mine])
+            everyone = [NetworkOutput(logits) for logits in gather_over_ranks(own.logits)]
+            return [own if k == self.mine else other for k, other in enumerate(everyone)]
+        if self._batch is not None:
+            return self._batch(views)
+        if not self.branching:
+            return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
+        assert self._trunk is not None
+        shared = self._trunk(views[0])
+        features = self.branch.scaled(shared.logits)
+        answers = []
+        for tap in self._taps:
+            own = tap(features)
+            answers.append(NetworkOutput(own.logits, {**shared.features, **own.features}))
+        return answers
+
+    def refresh(self, index: int, x: Tensor) -> NetworkOutput:
+        """Ask one peer again after its step, for what it teaches: no gradient, no statistics."""
+        with torch.no_grad(), frozen_statistics(self.networks[index]):
+            return self._taps[index](x)
+
+    def state(self, index: int) -> dict[str, Tensor]:
+        """Weights of one peer, under the names of its own architecture."""
+        if self.branching:
+            return self.branch.branch_state(index, self.branch.state_dict())
+        return self.networks[index].state_dict()

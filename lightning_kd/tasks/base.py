@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_kd.distributed import mean_over_labelled
+from lightning_kd.outputs import NetworkOutput
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class Task(ABC):
+    """What a network is asked: the loss with the labels, what is measured, what is predicted.
+
+    Subclass it for a question of your own and give it to a paradigm as ``task``.
+    """
+
+    #: name of the metric that is watched: checkpoints and reports follow ``val/<watched>``
+    watched: str
+    #: whether a larger value of it is better
+    higher_is_better = True
+
+    @abstractmethod
+    def loss(self, output: NetworkOutput, target: Tensor) -> Tensor:
+        """Loss with the labels of each sample, shape (B,), 0 where it has none."""
+
+    def mean_loss(self, output: NetworkOutput, target: Tensor) -> Tensor:
+        """Loss averaged over the labelled samples (in training: of all processes), a scalar."""
+        return mean_over_labelled(self.loss(output, target), target)
+
+    @abstractmethod
+    def class_logits(self, output: NetworkOutput) -> Tensor | None:
+        """The answer as logits over classes, shape (B, K, ...); None: it has none."""
+
+    @abstractmethod
+    def hard_target(self, target: Tensor | None) -> Tensor | None:
+        """Labels as losses, weightings and exchanges read them: (B, ...), -1 where unlabelled."""
+
+    @abstractmethod
+    def check(self, outputs: Mapping[str, NetworkOutput], num_classes: int | None = None) -> None:
+        """Look at the outputs of a dry run.
+
+        Args:
+            outputs: Of each network, by what it is called; whoever learns comes first.
+            num_classes: Of the data, if it says so.
+
+        Raises:
+            ValueError: If networks and data do not fit together.
+        """
+
+    @abstractmethod
+    def metrics(self, output: NetworkOutput) -> dict[str, Metric]:
+        """New metrics of a network with outputs like this one; ``watched`` is among them."""
+
+    @abstractmethod
+    def update(self, metrics: Mapping[str, Metric], output: NetworkOutput, target: Tensor) -> None:
+        """Add a labelled batch to those of ``metrics`` that are there."""
+
+    @abstractmethod
+    def agreement(self, output: NetworkOutput) -> Metric:
+        """A new metric of how far two networks answer alike."""
+
+    @abstractmethod
+    def update_agreement(
+        self, metric: Metric, output: NetworkOutput, reference: NetworkOutput
+    ) -> None:
+        """Add a batch; ``reference`` takes the place of the labels."""
+
+    @abstractmethod
+    def predict(self, output: NetworkOutput) -> Any:
+        """What ``Trainer.predict`` returns."""

@@ -1,0 +1,184 @@
+"""Files are whole or not there; damaged and malicious ones are told, and nothing is lost."""
+
+import os
+import pickle
+import resource
+import signal
+import struct
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_kd.atomic_files import DurableCheckpointIO, write_atomically, written_atomically
+from lightning_kd.cli import main
+from lightning_kd.models import pretrained, resnet8
+
+
+class Bomb:
+    """Leaves a trace if it is ever unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 20 kB: as good as a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    write_atomically(path, b"first")
+
+    def fail():
+        with written_atomically(path) as file:
+            file.write(b"sec")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Cannot write .*file/x: .* as it was"):
+        write_atomically(tmp_path / "file" / "x", b"")
+
+
+def test_a_full_disk_loses_no_checkpoint(make_module, make_trainer, digits, tmp_path, small_files):
+    class Fill(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                small_files()
+
+    saver = ModelCheckpoint(tmp_path / "kept", filename="last", enable_version_counter=False)
+    trainer = make_trainer(enable_checkpointing=True, callbacks=[saver, Fill()], max_epochs=3)
+    with pytest.raises(OSError, match=r"Cannot write .*last.ckpt: .*[Ff]ile") as told:
+        trainer.fit(make_module(), datamodule=digits())
+    assert "as it was" in str(told.value)
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["last.ckpt"]
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft[1], soft[1]))
+    assert (
+        torch.load(saver.last_model_path or saver.best_model_path, weights_only=True)["epoch"] == 1
+    )
+    again = make_trainer(max_epochs=3)
+    again.fit(make_module(), datamodule=digits(), ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert again.current_epoch == 3
+
+
+def test_lightnings_own_writer_is_replaced_but_no_other(make_module, make_trainer, digits):
+    class Mine(TorchCheckpointIO):
+        pass
+
+    for given, kind in ((None, DurableCheckpointIO), ([Mine()], Mine)):
+        trainer = make_trainer(max_epochs=1, plugins=given)
+        trainer.fit(make_module(), datamodule=digits())
+        assert type(trainer.strategy.checkpoint_io) is kind
+
+
+@pytest.fixture
+def saved(make_module, make_trainer, digits, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer = make_trainer(enable_checkpointing=True, callbacks=[saver], max_epochs=1)
+    trainer.fit(make_module(), datamodule=digits())
+    older, newer = (tmp_path / f"step={n}.ckpt" for n in (2, 4))
+    os.utime(older, (1, 1))
+    return older, newer
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_told_and_an_older_one_offered(
+    kept, saved, make_module, make_trainer, digits
+):
+    older, newer = saved
+    content = newer.read_bytes()
+    newer.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    message = rf"step=4.ckpt is damaged or no checkpoint .* {older} can be read\."
+    with pytest.raises(ValueError, match=message):
+        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
+    make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=older)
+
+
+def test_a_malicious_checkpoint_is_refused(saved, make_module, make_trainer, digits, tmp_path):
+    _, newer = saved
+    trace = tmp_path / "trace"
+    content = torch.load(newer, weights_only=True)
+    torch.save(content | {"loops": Bomb(trace)}, newer)
+    with pytest.raises(ValueError, match="needs pickle to load, which can run any code"):
+        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
+    newer.write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
+    assert not trace.exists()
+
+
+def test_the_command_line_tells_a_damaged_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ValueError, match=r"x.ckpt is damaged or no checkpoint"):
+        main(["fit", "-c", "configs/digits/single_teacher.yaml", f"--ckpt_path={tmp_path}/x.ckpt"])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "run"  # a folder without rights stops no administrator
+    config = "configs/digits/single_teacher.yaml"
+    with pytest.raises(OSError, match=rf"Cannot write into {folder}: Not a directory. Choose"):
+        main(["fit", "-c", config, f"--trainer.default_root_dir={folder}"])
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    config = "configs/digits/single_teacher.yaml"
+    wrong = tmp_path / "lst.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"lst.ckpt, found none. In .*: no checkpoints"):
+        main(["fit", "-c", config, f"--ckpt_path={wrong}"])
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=r"lst.ckpt, found none. In .*: last.ckpt"):
+        main(["fit", "-c", config, f"--ckpt_path={wrong}"])
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(tmp_path, monkeypatch):
+    """Else one that breaks off early would seem to have left them."""
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    old = tmp_path / "checkpoints" / "old.ckpt"
+    old.parent.mkdir()
+    old.touch()
+    (tmp_path / "config.yaml").touch()
+    args = [
+        "fit", "-c", "configs/digits/single_teacher.yaml", "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    with pytest.raises(FileExistsError):
+        main(args)
+    assert old.exists()
+    main([*args, "--overwrite=true"])
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("size", [2**62, 10**9, 2**20])
+def test_absurd_sizes_in_a_safetensors_file_are_refused(size, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b'{"a": 1}')
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        pretrained(str(path), resnet8())
+    header = b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,8]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match="truncated or no safetensors"):
+        pretrained(str(path), resnet8())
