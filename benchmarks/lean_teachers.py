@@ -93,7 +93,12 @@ def main() -> None:
             times.append({kind: epoch(kind) for kind in order})
         for kind, (module, _) in modules.items():
             said = torch.stack(
-                [k.logits for k in module.cpu().distillation.teacher_outputs(x, range(len(module.teachers)))]
+                [
+                    k.logits
+                    for k in module.cpu().distillation.teacher_outputs(
+                        x, range(len(module.teachers))
+                    )
+                ]
             )
             off = float((said - expected).abs().max() / expected.abs().max())
             moved[kind] = "" if "Compile" in kind else f"{off:.1g}"  # plain again behind the fit

@@ -211,7 +211,11 @@ def mean_trust(module: MultiTeacher, seed: int) -> list[float]:
         if not indices:  # nobody is listened to any more
             module.distillation.weighting.eval()
             indices = tuple(module.distillation.weighting.active(len(module.teachers)))
-        weights = module.distillation.weighting(module.distillation.teacher_outputs(x, indices), module.distillation.student_output(x), y)
+        weights = module.distillation.weighting(
+            module.distillation.teacher_outputs(x, indices),
+            module.distillation.student_output(x),
+            y,
+        )
         weights = weights.mean(1) if weights.dim() == 2 else weights
         for index, weight in zip(indices, weights, strict=True):
             total[index] += weight / 8

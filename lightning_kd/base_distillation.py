@@ -130,8 +130,8 @@ class BaseDistillation(nn.Module, ABC):
 
     def random_parts(self) -> list[SubTeachers]:
         """Parts that draw random numbers by a seed of their own; None: that of the run."""
-        source = getattr(self.teachers, "source", None)
-        return [] if source is None else [source]
+        parts = (getattr(self, "depth", None), getattr(self.teachers, "source", None))
+        return [part for part in parts if part is not None]
 
     def scalars(self) -> dict[str, Tensor]:
         """More scalars of the last batch to log, by name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
 from lightning_kd.distillation import Distillation, Losses
-from lightning_kd.distributed import gather_over_ranks
+from lightning_kd.evaluation import cohort_metrics, update_cohort_metrics
 from lightning_kd.exchange import Exchange, Mutual
 from lightning_kd.features import dry_run
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
@@ -20,6 +19,7 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.peers import Peers
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherEnsemble
+from lightning_kd.utils.checks import check_type
 from lightning_kd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class Cohort(BaseDistillation):
         task_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if exchange is not None and not isinstance(exchange, Exchange):
-            raise TypeError(f"Expected exchange of type Exchange, got {exchange!r}.")
+        check_type(exchange, Exchange, "exchange")
         self.task, self.task_weight = task or Classification(), task_weight
         self.peers, self.exchange, self.view = Peers(peers, batched), exchange or Mutual(), view
         if len(self.peers) < 2:
@@ -84,13 +83,6 @@ class Cohort(BaseDistillation):
         self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
         if not teachers and (teacher_losses or weighting):
             raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
-        if weighting is not None and (
-            weighting.wants_images or type(weighting).observe is not Weighting.observe
-        ):
-            raise ValueError(
-                f"Expected a weighting that judges by the batch alone for the teachers of a "
-                f"cohort, such as Uniform or Confidence, got {type(weighting).__name__}."
-            )
         given = [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
         given = losses_by_name(given)
         inside = [type(loss).__name__ for loss in given.values() if loss.changes_student]
@@ -108,8 +100,8 @@ class Cohort(BaseDistillation):
             )
             for _ in (self.names if teachers else ())
         )
-        #: whether all peers step together, by one sum of losses
-        self.simultaneous = True
+        #: how peers step, as ``PeerCohort`` has it; a plain loop over ``forward`` is simultaneous
+        self.update = "simultaneous"
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +122,7 @@ class Cohort(BaseDistillation):
             if self.peers.mine in (None, k):
                 losses |= self.peer_losses(k, peers[k], taught, target, teachers[k])
         if self.peers.mine is not None:
-            losses = self._with_others(losses)
+            losses = self.peers.with_others(losses)
         else:
             losses |= self.exchange.extra_losses(peers, target)
         return losses, NetworkOutput(torch.stack([peer.logits for peer in peers]))
@@ -153,7 +145,7 @@ class Cohort(BaseDistillation):
         self.exchange.before_peers(views)
         asked: dict[tuple[int, int], NetworkOutput] = {}
         answers: list[dict[int, NetworkOutput]] = [{} for _ in views]
-        for k, learner in enumerate(self._from_teachers()):
+        for k, learner in enumerate(self.distillations()):
             for m in learner.weighting.active(len(self.teachers)):
                 if (m, id(views[k])) not in asked:
                     (asked[m, id(views[k])],) = learner.teacher_outputs(views[k], [m])
@@ -182,7 +174,7 @@ class Cohort(BaseDistillation):
         if target is not None and self.task_weight:
             losses["task"] = self.task_weight * self.task.mean_loss(peer, target)
         hard = self.task.hard_target(target)
-        for name, loss in self._losses(k).items():
+        for name, loss in self.losses_of(k).items():
             if taught is not None:
                 value = loss.weight * loss(peer, taught, hard)
             else:
@@ -192,24 +184,12 @@ class Cohort(BaseDistillation):
                 value = value + 0.0 * torch.stack(adapters).sum()
             losses[name] = value
         if teachers:
-            learner = self._from_teachers()[k]
+            learner = self.distillations()[k]
             more = learner.distillation_losses(
                 peer, list(teachers.values()), tuple(teachers), target
             )
             losses |= {f"teacher/{name}": value for name, value in more.items()}
         return {f"peer_{k}/{name}": value for name, value in losses.items()}
-
-    def _with_others(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of all peers, those of other processes without gradient."""
-        if not own:
-            return own  # nobody has a loss, as ``total_loss`` will say
-        values = gather_over_ranks(torch.stack(list(own.values())))
-        prefix = f"peer_{self.peers.mine}/"
-        losses: dict[str, Tensor] = {}
-        for k, theirs in enumerate(values):
-            names = [f"peer_{k}/{name.removeprefix(prefix)}" for name in own]
-            losses |= own if k == self.peers.mine else dict(zip(names, theirs, strict=True))
-        return losses
 
     # ------------------------------------------------------------------ sizes and layers
 
@@ -222,11 +202,10 @@ class Cohort(BaseDistillation):
         """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
         if self.built:
             return
+        learners = self.distillations()
         layers = [*self.exchange.layers()]
-        layers += [
-            layer for learner in self._from_teachers()[:1] for layer in learner.student_layers()
-        ]
-        for loss in self._losses(0).values():
+        layers += [layer for learner in learners[:1] for layer in learner.student_layers()]
+        for loss in self.losses_of(0).values():
             layers += loss.student_layers()
             layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
         self.peers.record_layers(list(dict.fromkeys(layers)))
@@ -241,33 +220,34 @@ class Cohort(BaseDistillation):
         self.exchange.attach(self.peers)
         self.exchange.build(peers)
         for k, peer in enumerate(peers):
-            for loss in self._losses(k).values():
+            for loss in self.losses_of(k).values():
                 loss.build(peer, peers)
-        if self.from_teachers:
-            first = self._from_teachers()[0]
-            teachers = self.teachers.build(first.teacher_layers, x)
+        if learners:
+            teachers = self.teachers.build(learners[0].teacher_layers, x)
             named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
             self.task.check({"a peer": peers[0], **named})
-            for learner, peer in zip(self._from_teachers(), peers, strict=True):
+            for learner, peer in zip(learners, peers, strict=True):
                 learner.build_parts(peer, teachers)
         self.losses.to(x.device)
         self.exchange.to(x.device)
-        self.input_shape, self._examples = tuple(x.shape[1:]), peers
+        self.input_shape, self._example = tuple(x.shape[1:]), peers[0]
         self.attach()
 
     def attach(self) -> None:
         """Find layers again, where some were replaced."""
         self.peers.hook()
         if not self.peers.branching:
-            for learner, peer in zip(self._from_teachers(), self.peers.networks, strict=False):
-                learner.attach_losses(peer)
+            for learner, peer in zip(self.distillations(), self.peers.networks, strict=False):
+                learner.attach(peer)
 
-    def _losses(self, k: int) -> dict[str, DistillationLoss]:
+    def losses_of(self, k: int) -> dict[str, DistillationLoss]:
+        """Losses of one peer by name."""
         losses = self.losses[k]
         assert isinstance(losses, nn.ModuleDict)
         return {n: loss for n, loss in losses.items() if isinstance(loss, DistillationLoss)}
 
-    def _from_teachers(self) -> list[Distillation]:
+    def distillations(self) -> list[Distillation]:
+        """What each peer learns from trained teachers; empty without them."""
         return [part for part in self.from_teachers if isinstance(part, Distillation)]
 
     # ------------------------------------------------------------------ what is kept and measured
@@ -279,30 +259,16 @@ class Cohort(BaseDistillation):
 
     def exported_networks(self) -> dict[str, nn.Module]:
         """The peers; each branch of a ``MultiBranch`` as a network of its own."""
-        if not self.peers.branching:
-            return dict(zip(self.names, self.peers.networks, strict=True))
-        networks = {}
-        for k, name in enumerate(self.names):
-            networks[name] = self.peers.branch.branch_network(k)
-            networks[name].load_state_dict(self.peers.state(k))
-        return networks
+        return {name: self.peers.network(k) for k, name in enumerate(self.names)}
 
     def exported_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One peer's weights."""
-        k = self.names.index(name)
-        if not self.peers.branching:
-            return cut_prefix(state, f"peers.networks.{k}.")
-        return self.peers.branch.branch_state(k, cut_prefix(state, "peers.networks.0."))
+        return self.peers.state_of(self.names.index(name), cut_prefix(state, "peers."))
 
     def exported_config(self, name: str, options: Mapping[str, Any]) -> Any:
         """One peer's configuration."""
         configs = options.get("peers")
-        if configs is None:
-            return None
-        k = self.names.index(name)
-        if self.peers.branching:
-            return self.peers.branch.branch_config(k, configs[0])
-        return configs[k]
+        return None if configs is None else self.peers.config(self.names.index(name), configs)
 
     def scores(self, logged: Mapping[str, Any]) -> list[float]:
         """The watched metric of each peer at the last validation; empty where it was not."""
@@ -317,16 +283,8 @@ class Cohort(BaseDistillation):
         return self.names[max(range(len(scores)), key=lambda k: sign * scores[k])]
 
     def compiled_networks(self) -> list[nn.Module]:
-        """The peers, or trunk and branches.
-
-        Raises:
-            ValueError: If they run as one.
-        """
-        if self.peers.batched:
-            raise ValueError("batched=True, which is one network already: compile it in Python")
-        if self.peers.branching:
-            return [self.peers.branch.trunk, *self.peers.branch.branches]
-        return list(self.peers.networks)
+        """The peers, or trunk and branches; see ``BaseDistillation.compiled_networks``."""
+        return self.peers.whole_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:
         """The cohort's answer as log-probabilities."""
@@ -335,77 +293,20 @@ class Cohort(BaseDistillation):
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics of the cohort's answer, the watched one of each peer, agreement of each pair."""
-        task, peer = self.task, self._examples[0]
-        metrics = {n if n == "loss" else f"ensemble/{n}": m for n, m in task.metrics(peer).items()}
-        watched = task.watched
-        metrics |= {f"{name}/{watched}": task.metrics(peer)[watched] for name in self.names}
-        pairs = combinations(range(len(self.peers)), 2)
-        return metrics | {f"agreement_{j}_{k}": task.agreement(peer) for j, k in pairs}
+        return cohort_metrics(self.task, self._example, self.names)
 
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
         """Measure every peer, the cohort's answer, and how far peers agree."""
-        task, peers = self.task, self.peers([x] * len(self.peers))
+        peers = self.peers([x] * len(self.peers))
         answer = NetworkOutput(self.exchange.log_probabilities(peers))
-        for j, k in combinations(range(len(peers)), 2):
-            task.update_agreement(metrics[f"agreement_{j}_{k}"], peers[j], peers[k])
-        if target is not None:
-            own = {name.removeprefix("ensemble/"): m for name, m in metrics.items()}
-            task.update(own, answer, target)
-            for name, peer in zip(self.names, peers, strict=True):
-                task.update({task.watched: metrics[f"{name}/{task.watched}"]}, peer, target)
-            if observe:
-                self.exchange.observe(peers, target)
+        named = dict(zip(self.names, peers, strict=True))
+        update_cohort_metrics(self.task, metrics, named, answer, target)
+        if target is not None and observe:
+            self.exchange.observe(peers, target)
         return answer
 
     def after_validation(self) -> None:
         """Let the exchange learn from what it observed."""
         self.exchange.after_validation()
-
-    # ------------------------------------------------------------------ one peer in each process
-
-    def own(self, index: int | None, count: int = 1) -> None:
-        """Run and train peer ``index`` alone, with ``count`` processes in all; None: all peers.
-
-        Raises:
-            ValueError: If this cohort cannot be divided so.
-        """
-        if index is not None:
-            layers = [n for loss in self._losses(0).values() for n in loss.teacher_layers(0)]
-            if not self.simultaneous or not self.exchange.allows_sequential_update:
-                what = f"another update, or {type(self.exchange).__name__}"
-            elif self.peers.branching:
-                what = "branches of one network"
-            elif layers or self.exchange.layers():
-                what = f"layers {[*layers, *self.exchange.layers()]} of peers, which are not sent"
-            elif count != len(self.peers):
-                raise ValueError(
-                    f"Expected one process for each of {len(self.peers)} peers, got {count}: set "
-                    f"--trainer.devices {len(self.peers)}."
-                )
-            elif not any(p.requires_grad for p in self.peers.networks[index].parameters()):
-                what = f"peer {index} without a parameter to train"
-            else:
-                what = ""
-            if what:
-                raise ValueError(
-                    f'Expected update="simultaneous" and an exchange of answers alone, such as '
-                    f"Mutual, with one peer in each process, got {what}: use one process, or ddp."
-                )
-        for part in self.modules():
-            if isinstance(part, Peers):  # those of the exchange's shadow too
-                part.mine = index
-
-    def parts(self) -> list[list[nn.Module]]:
-        """What belongs to each peer."""
-        cohorts = [part for part in self.modules() if isinstance(part, Peers)]
-        learners = self._from_teachers()
-        return [
-            [
-                *(cohort.networks[k] for cohort in cohorts),
-                self.losses[k],
-                *(part for one in learners[k : k + 1] for part in (one.losses, one.weighting)),
-            ]
-            for k in range(len(self.peers))
-        ]

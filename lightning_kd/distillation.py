@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
+from lightning_kd.evaluation import student_metrics, update_student_metrics
 from lightning_kd.features import Tap, dry_run
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
+from lightning_kd.losses.base import refuse_unknown_classes
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.tasks import Classification, Task
-from lightning_kd.teachers import (
-    StochasticDepth,
-    SubTeacherEnsemble,
-    SubTeachers,
-    TeacherEnsemble,
-)
+from lightning_kd.teachers import StochasticDepth, TeacherEnsemble
+from lightning_kd.utils.checks import check_type
 from lightning_kd.weighting import Uniform, Weighting
 from lightning_kd.weighting.base import check_weights
 
@@ -70,14 +68,9 @@ class Distillation(BaseDistillation):
     ) -> None:
         super().__init__()
         ensemble = teachers if isinstance(teachers, TeacherEnsemble) else TeacherEnsemble(teachers)
-        for name, part, kind in (
-            ("student", student, nn.Module), ("weighting", weighting, Weighting),
-            ("task", task, Task),
-        ):  # fmt: skip
-            if part is not None and not isinstance(part, kind):
-                raise TypeError(
-                    f"Expected {name} of type {kind.__name__}, got {type(part).__name__}."
-                )
+        check_type(student, nn.Module, "student")
+        check_type(weighting, Weighting, "weighting")
+        check_type(task, Task, "task")
         if losses is None:
             losses = [SoftTarget(temperature=4.0, weight=0.9)] if len(ensemble) else []
         self.task, self.task_weight = task or Classification(), task_weight
@@ -85,9 +78,15 @@ class Distillation(BaseDistillation):
         self.student = None if student is None else student.train()  # pretrained ones are in eval
         self.losses = nn.ModuleDict(losses_by_name(losses))
         self.weighting = weighting or Uniform()
+        self.wants_images = self.weighting.wants_images
         self.teachers, self.depth = ensemble, depth
         if student is not None:
             ensemble.refuse_weights_of([student])
+        elif self.wants_images or type(self.weighting).observe is not Weighting.observe:
+            raise ValueError(
+                f"Expected a weighting that judges by the batch alone for the teachers of a "
+                f"cohort, such as Uniform or Confidence, got {type(self.weighting).__name__}."
+            )
         self._tap: Tap | None = None
         self._trust: tuple[Sequence[int], Tensor] | None = None
 
@@ -131,10 +130,7 @@ class Distillation(BaseDistillation):
     def student_output(self, x: Tensor) -> NetworkOutput:
         """The student's output for images (B, C, H, W), with the features that are read."""
         if self._tap is None:
-            raise RuntimeError(
-                "The student's layers are not known yet: a Trainer finds them, or call "
-                "build(images) by hand."
-            )
+            raise RuntimeError("Expected a Trainer, or build(images), before the student is run.")
         if self.depth is None or not self.training:
             return self._tap(x)
         with self.depth.one_path():
@@ -216,17 +212,12 @@ class Distillation(BaseDistillation):
         teachers = self.teachers.build(self.teacher_layers, x)
         named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
         self.task.check({"the student": student, **named}, num_classes)
-        partial = any(bool((t.logits == -torch.inf).any()) for t in teachers)
-        for loss in self._losses():
-            if partial and not loss.takes_unknown_classes:
-                raise ValueError(
-                    f"Expected teachers that know all classes with {type(loss).__name__}, got one "
-                    f"that knows some only: use SubsetTarget, or leave it out."
-                )
+        refuse_unknown_classes(self._losses(), teachers)
         self.weighting.active(len(self.teachers))  # a wrong number of weights is reported now
         self.build_parts(student, teachers)
-        self.input_shape = tuple(x.shape[1:])
-        self.example, self._tap = student, tap
+        #: the student's output in the dry run
+        self.example = student
+        self.input_shape, self._tap = tuple(x.shape[1:]), tap
         self.attach()
 
     def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
@@ -243,22 +234,17 @@ class Distillation(BaseDistillation):
         """Layers of teacher ``index`` that are read."""
         return [layer for part in self._parts() for layer in part.teacher_layers(index)]
 
-    def attach(self) -> None:
-        """Find layers again, where some were replaced."""
+    def attach(self, student: nn.Module | None = None) -> None:
+        """Find layers again, where some were replaced; a cohort gives the peer that learns."""
         if self._tap is not None:
             self._tap.hook()
-        if self.student is not None:
-            self.attach_losses(self.student)
+        student = student or self.student
+        if student is not None:
+            for loss in self._losses():
+                loss.attach(student, self.teachers.networks())
 
-    def attach_losses(self, student: nn.Module) -> None:
-        """Let losses reach into the student and the teachers."""
-        for loss in self._losses():
-            loss.attach(student, self.teachers.networks())
-
-    def _losses(self) -> Iterator[DistillationLoss]:
-        for loss in self.losses.values():
-            assert isinstance(loss, DistillationLoss)
-            yield loss
+    def _losses(self) -> list[DistillationLoss]:
+        return [loss for loss in self.losses.values() if isinstance(loss, DistillationLoss)]
 
     def _parts(self) -> list[DistillationLoss | Weighting]:
         return [*self._losses(), self.weighting]
@@ -289,10 +275,10 @@ class Distillation(BaseDistillation):
         Raises:
             ValueError: If the path through it changes at each step.
         """
-        if self.depth is not None:
-            raise ValueError("a student with a depth, whose path changes at each step")
-        if isinstance(self.teachers, SubTeacherEnsemble):
-            raise ValueError(self.teachers.why_not_whole)
+        depth = "a student with a depth, whose path changes at each step" if self.depth else ""
+        why = depth or self.teachers.why_not_compiled
+        if why:
+            raise ValueError(why)
         return super().compiled_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:
@@ -302,50 +288,29 @@ class Distillation(BaseDistillation):
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics of the student; with teachers, the watched one of theirs and the agreement."""
-        metrics = self.task.metrics(self.example)
-        if len(self.teachers):
-            watched = self.task.watched
-            metrics["agreement"] = self.task.agreement(self.example)
-            names = ["ensemble", *(f"teacher_{m}" for m in range(len(self.teachers)))]
-            metrics |= {f"{n}/{watched}": self.task.metrics(self.example)[watched] for n in names}
-        return metrics
+        return student_metrics(self.task, self.example, len(self.teachers))
 
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
         """Measure the student, its teachers and their agreement."""
-        student, task = self.student_output(x), self.task
-        answers: dict[str, NetworkOutput] = {}
-        if len(self.teachers):
-            teachers = self.teacher_outputs(x)
-            answers = {f"teacher_{m}": output for m, output in enumerate(teachers)}
+        student, ensemble = self.student_output(x), None
+        teachers = self.teacher_outputs(x) if len(self.teachers) else []
+        if teachers:
             indices = tuple(self.weighting.active(len(teachers)))
             asked = [teachers[m] for m in indices]
             # without labels: an answer that was weighed by the right one would be no measurement
             trust = self.weighting(student, asked, None)
             mean = TeacherOutputs(asked, trust, self.weighting.space, indices).log_probabilities()
-            answers["ensemble"] = NetworkOutput(mean)
-            task.update_agreement(metrics["agreement"], student, answers["ensemble"])
-        if target is not None:
-            task.update(metrics, student, target)
-            for name, output in answers.items():
-                task.update({task.watched: metrics[f"{name}/{task.watched}"]}, output, target)
-            if observe:
-                self.weighting.observe(student, teachers if answers else [], target)
+            ensemble = NetworkOutput(mean)
+        update_student_metrics(self.task, metrics, student, teachers, ensemble, target)
+        if target is not None and observe:
+            self.weighting.observe(student, teachers, target)
         return student
-
-    @property
-    def wants_images(self) -> bool:  # type: ignore[override]
-        """Whether the weighting is to look at training images."""
-        return self.weighting.wants_images
 
     def calibrate(self, images: Sequence[Tensor]) -> None:
         """Let the weighting look at batches of training images (B, C, H, W) once."""
         self.weighting.calibrate(images, self.teachers.networks())
-
-    def random_parts(self) -> list[SubTeachers]:
-        """The student's depth, and what makes sub-teachers."""
-        return [*([] if self.depth is None else [self.depth]), *super().random_parts()]
 
     def after_validation(self) -> None:
         """Let the weighting learn from what it observed."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.base_distillation import cut_prefix
 from lightning_kd.distributed import gather_over_ranks
 from lightning_kd.features import Batched, Tap
 from lightning_kd.models import Branching
@@ -128,8 +130,46 @@ class Peers(nn.Module):
         with torch.no_grad(), frozen_statistics(self.networks[index]):
             return self._taps[index](x)
 
-    def state(self, index: int) -> dict[str, Tensor]:
-        """Weights of one peer, under the names of its own architecture."""
+    def with_others(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of all peers, those of other processes without gradient."""
+        if not own:
+            return own  # nobody has a loss, as ``total_loss`` will say
+        values = gather_over_ranks(torch.stack(list(own.values())))
+        prefix = f"peer_{self.mine}/"
+        losses: dict[str, Tensor] = {}
+        for k, theirs in enumerate(values):
+            names = [f"peer_{k}/{name.removeprefix(prefix)}" for name in own]
+            losses |= own if k == self.mine else dict(zip(names, theirs, strict=True))
+        return losses
+
+    # ------------------------------------------------------------------ each as a network
+
+    def network(self, index: int) -> nn.Module:
+        """One peer as a network of its own; of a branch it is a copy."""
+        if not self.branching:
+            return self.networks[index]
+        network = self.branch.branch_network(index)
+        network.load_state_dict(self.branch.branch_state(index, self.branch.state_dict()))
+        return network
+
+    def state_of(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of one peer, under the names of its own architecture, out of a state of this."""
         if self.branching:
-            return self.branch.branch_state(index, self.branch.state_dict())
-        return self.networks[index].state_dict()
+            return self.branch.branch_state(index, cut_prefix(state, "networks.0."))
+        return cut_prefix(state, f"networks.{index}.")
+
+    def config(self, index: int, configs: Sequence[Any]) -> Any:
+        """Configuration of one peer, given those of ``networks``."""
+        return self.branch.branch_config(index, configs[0]) if self.branching else configs[index]
+
+    def whole_networks(self) -> list[nn.Module]:
+        """Networks that run whole, each by itself: the peers, or trunk and branches.
+
+        Raises:
+            ValueError: If they run as one.
+        """
+        if self.batched:
+            raise ValueError("batched=True, which is one network already: compile it in Python")
+        if self.branching:
+            return [self.branch.trunk, *self.branch.branches]
+        return list(self.networks)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,21 +14,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_kd.cohort import Cohort
 from lightning_kd.distributed import gather_over_ranks, world_size
 from lightning_kd.modules.checkpoint_io import last_checkpoint
+from lightning_kd.peers import Peers
 
 LOST = ("onnection", "NCCL", "ocket", "peer", "imed out", "Gloo")  # as the back ends word it
-
-
-@runtime_checkable
-class Divisible(Protocol):
-    """What can be trained in parts, one in each process."""
-
-    def own(self, index: int | None, count: int = 1) -> None:
-        """Run and train part ``index`` of ``count`` alone; None: all of them."""
-
-    def parts(self) -> Sequence[Sequence[nn.Module]]:
-        """What belongs to each process."""
 
 
 class PeerPerProcess(DDPStrategy):
@@ -62,15 +53,15 @@ class PeerPerProcess(DDPStrategy):
         return {"num_replicas": 1, "rank": 0}  # everybody sees everything
 
     @property
-    def _divided(self) -> Any:
+    def _cohort(self) -> Cohort:
         module = self.lightning_module
-        core = getattr(module, "distillation", None)
-        if not isinstance(core, Divisible):
+        cohort = getattr(module, "distillation", None)
+        if not isinstance(cohort, Cohort):
             raise TypeError(
                 f"Expected strategy peer_per_process with a PeerCohort, got "
                 f"{type(module).__name__}: use strategy ddp."
             )
-        return core
+        return cohort
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -79,20 +70,20 @@ class PeerPerProcess(DDPStrategy):
                 "Expected sync_batchnorm=False with peer_per_process: all processes see the same "
                 "batch, there is nothing to synchronise."
             )
-        self._divided.own(self.global_rank, self.world_size)
+        divide(self._cohort, self.global_rank, self.world_size)
         super().setup(trainer)
 
     @override
     def configure_ddp(self) -> None:
         # no wrapper, since nothing is averaged; but all begin with the same weights
-        for tensor in self._divided.state_dict().values():
+        for tensor in self._cohort.state_dict().values():
             if isinstance(tensor, Tensor):
                 torch.distributed.broadcast(tensor.detach(), 0)
 
     @override
     def teardown(self) -> None:
-        if isinstance(getattr(self.lightning_module, "distillation", None), Divisible):
-            self._divided.own(None)
+        if isinstance(getattr(self.lightning_module, "distillation", None), Cohort):
+            divide(self._cohort, None)
         super().teardown()
 
     @override
@@ -101,7 +92,7 @@ class PeerPerProcess(DDPStrategy):
 
     def collect(self) -> None:
         """Bring each peer's weights from the process that trains it to all others."""
-        for rank, parts in enumerate(self._divided.parts()):
+        for rank, parts in enumerate(parts_of(self._cohort)):
             for part in parts:
                 for tensor in [*part.parameters(), *part.buffers()]:
                     torch.distributed.broadcast(tensor.detach(), rank)
@@ -169,7 +160,7 @@ class PeerPerProcess(DDPStrategy):
                     del optimizer.state[parameter]
 
     def _mine(self) -> set[int]:
-        parts = self._divided.parts()[self.global_rank]
+        parts = parts_of(self._cohort)[self.global_rank]
         return {id(parameter) for part in parts for parameter in part.parameters()}
 
     # ------------------------------------------------------------------ faults
@@ -185,6 +176,53 @@ class PeerPerProcess(DDPStrategy):
                 f"command and --ckpt_path. ({text})",
             )
         super().on_exception(exception)
+
+
+def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
+    """Run and train peer ``index`` alone, with ``count`` processes in all; None: all peers.
+
+    Raises:
+        ValueError: If this cohort cannot be divided so.
+    """
+    if index is not None:
+        layers = [n for loss in cohort.losses_of(0).values() for n in loss.teacher_layers(0)]
+        if cohort.update != "simultaneous" or not cohort.exchange.allows_sequential_update:
+            what = f"update={cohort.update!r} and {type(cohort.exchange).__name__}"
+        elif cohort.peers.branching:
+            what = "branches of one network"
+        elif layers or cohort.exchange.layers():
+            what = f"layers {[*layers, *cohort.exchange.layers()]} of peers, which are not sent"
+        elif count != len(cohort.peers):
+            raise ValueError(
+                f"Expected one process for each of {len(cohort.peers)} peers, got {count}: set "
+                f"--trainer.devices {len(cohort.peers)}."
+            )
+        elif not any(p.requires_grad for p in cohort.peers.networks[index].parameters()):
+            what = f"peer {index} without a parameter to train"
+        else:
+            what = ""
+        if what:
+            raise ValueError(
+                f'Expected update="simultaneous" and an exchange of answers alone, such as '
+                f"Mutual, with one peer in each process, got {what}: use one process, or ddp."
+            )
+    for part in cohort.modules():
+        if isinstance(part, Peers):  # those of the exchange's shadow too
+            part.mine = index
+
+
+def parts_of(cohort: Cohort) -> list[list[nn.Module]]:
+    """What belongs to each peer."""
+    groups = [part for part in cohort.modules() if isinstance(part, Peers)]
+    learners = cohort.distillations()
+    return [
+        [
+            *(peers.networks[k] for peers in groups),
+            cohort.losses[k],
+            *(part for one in learners[k : k + 1] for part in (one.losses, one.weighting)),
+        ]
+        for k in range(len(cohort.peers))
+    ]
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -44,7 +44,11 @@ module = DataFree(
     student=resnet8(num_classes=10, in_channels=1, width=4),
     teacher=teacher,
     generator=MetaGenerator(ImageGenerator((1, 8, 8), latent=32, width=16)),
-    image_losses=[BatchNormStatistics(1.0), OneHot(0.5, modulate=True), Adversarial(1.0, masked=True)],
+    image_losses=[
+        BatchNormStatistics(1.0),
+        OneHot(0.5, modulate=True),
+        Adversarial(1.0, masked=True),
+    ],
     temperature=4.0,
     round_images=128,
     generator_steps=5,

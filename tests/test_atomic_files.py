@@ -12,9 +12,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_kd.atomic_files import DurableCheckpointIO, write_atomically, written_atomically
+from lightning_kd.atomic_files import write_atomically, written_atomically
+from lightning_kd.callbacks import SaveOnSigterm
+from lightning_kd.callbacks import keep_freed_memory as memory
 from lightning_kd.cli import main
 from lightning_kd.models import pretrained, resnet8
+from lightning_kd.modules.checkpoint_io import DurableCheckpointIO
 
 
 class Bomb:
@@ -65,7 +68,12 @@ def test_a_full_disk_loses_no_checkpoint(make_module, make_trainer, digits, tmp_
                 small_files()
 
     saver = ModelCheckpoint(tmp_path / "kept", filename="last", enable_version_counter=False)
-    trainer = make_trainer(enable_checkpointing=True, callbacks=[saver, Fill()], max_epochs=3)
+    trainer = make_trainer(
+        plugins=[DurableCheckpointIO()],
+        enable_checkpointing=True,
+        callbacks=[saver, Fill()],
+        max_epochs=3,
+    )
     with pytest.raises(OSError, match=r"Cannot write .*last.ckpt: .*[Ff]ile") as told:
         trainer.fit(make_module(), datamodule=digits())
     assert "as it was" in str(told.value)
@@ -75,25 +83,40 @@ def test_a_full_disk_loses_no_checkpoint(make_module, make_trainer, digits, tmp_
     assert (
         torch.load(saver.last_model_path or saver.best_model_path, weights_only=True)["epoch"] == 1
     )
-    again = make_trainer(max_epochs=3)
+    again = make_trainer(plugins=[DurableCheckpointIO()], max_epochs=3)
     again.fit(make_module(), datamodule=digits(), ckpt_path=tmp_path / "kept" / "last.ckpt")
     assert again.current_epoch == 3
 
 
-def test_lightnings_own_writer_is_replaced_but_no_other(make_module, make_trainer, digits):
-    class Mine(TorchCheckpointIO):
-        pass
-
-    for given, kind in ((None, DurableCheckpointIO), ([Mine()], Mine)):
-        trainer = make_trainer(max_epochs=1, plugins=given)
-        trainer.fit(make_module(), datamodule=digits())
-        assert type(trainer.strategy.checkpoint_io) is kind
+def test_the_command_line_asks_for_what_a_python_user_asks_for_by_a_line(
+    make_module, make_trainer, digits, monkeypatch, tmp_path
+):
+    """Durable checkpoints, a checkpoint at SIGTERM, memory that is kept: nothing of it unasked."""
+    asked = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: asked.append(1))
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(make_module(), datamodule=digits())
+    assert type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    assert not asked
+    assert not any(isinstance(c, SaveOnSigterm) for c in trainer.callbacks)
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    config = ["-c", "configs/digits/single_teacher.yaml", folder, "--trainer.accelerator=cpu"]
+    quick = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    cli = main(["fit", *config, *quick])
+    assert type(cli.trainer.strategy.checkpoint_io) is DurableCheckpointIO
+    assert asked == [1]
+    assert any(isinstance(c, SaveOnSigterm) for c in cli.trainer.callbacks)
+    plugin = "--trainer.plugins=lightning.pytorch.plugins.io.TorchCheckpointIO"
+    cli = main([*config, plugin], run=False)
+    assert type(cli.trainer.strategy.checkpoint_io) is TorchCheckpointIO
 
 
 @pytest.fixture
 def saved(make_module, make_trainer, digits, tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = make_trainer(enable_checkpointing=True, callbacks=[saver], max_epochs=1)
+    trainer = make_trainer(
+        plugins=[DurableCheckpointIO()], enable_checkpointing=True, callbacks=[saver], max_epochs=1
+    )
     trainer.fit(make_module(), datamodule=digits())
     older, newer = (tmp_path / f"step={n}.ckpt" for n in (2, 4))
     os.utime(older, (1, 1))
@@ -109,8 +132,12 @@ def test_a_truncated_checkpoint_is_told_and_an_older_one_offered(
     newer.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     message = rf"step=4.ckpt is damaged or no checkpoint .* {older} can be read\."
     with pytest.raises(ValueError, match=message):
-        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
-    make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=older)
+        make_trainer(plugins=[DurableCheckpointIO()]).fit(
+            make_module(), datamodule=digits(), ckpt_path=newer
+        )
+    make_trainer(plugins=[DurableCheckpointIO()]).fit(
+        make_module(), datamodule=digits(), ckpt_path=older
+    )
 
 
 def test_a_malicious_checkpoint_is_refused(saved, make_module, make_trainer, digits, tmp_path):
@@ -119,10 +146,14 @@ def test_a_malicious_checkpoint_is_refused(saved, make_module, make_trainer, dig
     content = torch.load(newer, weights_only=True)
     torch.save(content | {"loops": Bomb(trace)}, newer)
     with pytest.raises(ValueError, match="needs pickle to load, which can run any code"):
-        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
+        make_trainer(plugins=[DurableCheckpointIO()]).fit(
+            make_module(), datamodule=digits(), ckpt_path=newer
+        )
     newer.write_bytes(pickle.dumps(Bomb(trace)))
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
-        make_trainer().fit(make_module(), datamodule=digits(), ckpt_path=newer)
+        make_trainer(plugins=[DurableCheckpointIO()]).fit(
+            make_module(), datamodule=digits(), ckpt_path=newer
+        )
     assert not trace.exists()
 
 

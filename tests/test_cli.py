@@ -146,7 +146,7 @@ def test_saved_options_that_beat_the_command_line_are_told(fit, tmp_path):
     last = next((tmp_path / "run").rglob("last.ckpt"))
     with pytest.warns(UserWarning, match=r"model\.init_args\.task_weight = 0\.1 \(asked: 0\.7\)"):
         cli = fit("--model.task_weight=0.7", f"--ckpt_path={last}")
-    assert cli.model.task_weight == 0.1
+    assert cli.model.distillation.task_weight == 0.1
 
 
 def test_optimizer_option_never_reaches_teachers(fit):
@@ -174,13 +174,13 @@ def test_a_second_run_into_the_same_folder_is_refused_and_overwrite_allows_it(fi
     ("args", "expected"),
     [
         (["--model.temprature=3"], "temprature"),
-        (["--model.losses.0.temprature=3"], "temprature"),
+        (["--model.losses.soft_target.temprature=3"], "temprature"),
         (["--data.batchsize=3"], "batchsize"),
-        (["--model.losses.0.temperature=-1"], "Expected temperature > 0"),
+        (["--model.losses.soft_target.temperature=-1"], "Expected temperature > 0"),
         (["--model.weighting=lightning_kd.losses.SoftTarget"], "lightning_kd.losses.SoftTarget"),
         (["--model.student=lightning_kd.models.resnet9"], "resnet9"),
         (["--data.batch_size=many"], "many"),
-        (["--model.losses.0.temperature=[1,2]"], "temperature"),
+        (["--model.losses.soft_target.temperature=[1,2]"], "temperature"),
     ],
 )
 def test_bad_options_name_the_key(args, expected, capsys):
@@ -189,22 +189,39 @@ def test_bad_options_name_the_key(args, expected, capsys):
     assert expected in capsys.readouterr().err + str(caught.value)
 
 
-def test_one_item_of_a_list_is_reached_by_its_index(fit):
+def test_a_loss_is_reached_by_its_name(fit, tmp_path):
+    config = yaml.safe_load((ROOT / "configs/digits/multi_teacher.yaml").read_text())
+    losses = config["model"]["init_args"]["losses"]
+    losses["kd"] = losses.pop("soft_target")
+    losses["maps"] = {
+        "class_path": "lightning_kd.losses.AttentionTransfer",
+        "init_args": {"student_layer": "layer3", "teacher_layer": ["layer3", "layer3", "block3"]},
+    }
+    schedule = {"class_path": "lightning_kd.schedules.Linear",
+                "init_args": {"start": 1, "end": 0, "duration": 9}}  # fmt: skip
+    config["trainer"]["callbacks"].append(
+        {"class_path": "lightning_kd.callbacks.LossWeightScheduler",
+         "init_args": {"schedule": schedule, "loss": "maps"}}
+    )  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     cli = fit(
-        "--model.losses.0.temperature",
-        "6",
-        "--model.losses.0.weight=0.5",
-        "--model.teachers.1.checkpoint=configs/digits/teachers/resnet14.safetensors",
-    )
-    loss = cli.model.distillation.losses["soft_target"]
-    assert (loss.temperature, loss.weight) == (6, 0.5)
-    assert cli.model.teachers[1].network.init_args["depth"] == 14
-    assert cli.model.teachers[2].network.init_args["depth"] == 10
+        "--model.losses.kd.temperature", "6", "--model.losses.kd.init_args.weight=0.5",
+        config=str(tmp_path / "c.yaml"),
+    )  # fmt: skip
+    kd = cli.model.distillation.losses["kd"]
+    assert (kd.temperature, kd.weight) == (6, 0.5)
+    assert list(cli.model.distillation.losses) == ["kd", "maps"]
+    assert cli.model.distillation.losses["maps"].weight == 1
+    logged = cli.trainer.callback_metrics
+    assert {"train/kd", "train/maps", "schedule/losses.maps.weight"} <= set(logged)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["losses"]["kd"]["init_args"]["temperature"] == 6
 
 
-def test_an_index_beyond_the_list_is_told(capsys):
+def test_an_index_of_a_list_is_refused_in_a_sentence(capsys):
     config = "configs/digits/multi_teacher.yaml"
-    assert "has 1 items there" in message(capsys, "fit", "-c", config, "--model.losses.1.weight=1")
+    said = message(capsys, "fit", "-c", config, "--model.losses.0.weight=1")
+    assert "Expected options by name, got the index of a list" in said
 
 
 def test_unknown_key_in_a_file_is_told(tmp_path, capsys):

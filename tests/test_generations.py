@@ -91,7 +91,7 @@ def test_each_generation_is_taught_by_the_last_and_a_second_call_goes_on(breed, 
 
 
 def test_options_of_the_first_teachers_stay_with_them(breed, tmp_path):
-    """Indexed options, normalisation: none of it reaches the second generation's teacher."""
+    """Options of the command line, normalisation: none of it reaches the second generation's teacher."""
     run = tmp_path / "run"
     config = yaml.safe_load((ROOT / "configs/digits/born_again.yaml").read_text())
     config["model"]["init_args"]["teachers"][0]["init_args"] |= {"mean": [0.3], "std": [0.25]}
@@ -101,7 +101,7 @@ def test_options_of_the_first_teachers_stay_with_them(breed, tmp_path):
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     other = "configs/digits/teachers/resnet20.safetensors"
-    breed("--count=2", f"--model.teachers.0.checkpoint={other}", config=str(tmp_path / "c.yaml"))
+    breed("--count=2", f"--model.teachers.checkpoint={other}", config=str(tmp_path / "c.yaml"))
     first, second = (
         config_of(run / f"generation_{k}")["model"]["init_args"]["teachers"][0]["init_args"]
         for k in (1, 2)

@@ -1,63 +1,109 @@
-"""Imports go one way, and the public names stay."""
+"""Imports go one way, the core needs no Lightning, and the public names stay."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+from lightning.pytorch import LightningModule
 
 import lightning_kd
 
 PACKAGE = Path(lightning_kd.__file__).parent
 # lower rooms first: a room imports from itself and from those before it
 ORDER = [
-    "files", "functional", "ranks", "strategies", "knowledge", "schedules", "adapters", "losses",
-    "weighting", "exchange", "replay", "inversion", "sources", "models", "teachers", "modules",
-    "callbacks", "data", "cli",
+    "utils", "atomic_files", "functional", "distributed", "outputs", "schedules", "features",
+    "models", "tasks", "losses", "weighting", "exchange", "teachers", "base_distillation",
+    "evaluation", "distillation", "peers", "cohort", "data_free", "data", "modules", "strategies",
+    "callbacks", "cli",
 ]  # fmt: skip
+CORE = ORDER[: ORDER.index("data")]
+PARADIGMS = ("DataFree", "MultiTeacher", "PeerCohort", "SubTeacher", "Supervised")
 
 
-def rooms(path):
-    """Rooms that a file imports at module level or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
+def modules():
+    """Every module of the package by its dotted name, and its syntax tree."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, path, ast.parse(path.read_text())
+
+
+def imported(tree, everywhere=True):
+    """Dotted names that a module imports; ``everywhere``: inside functions, too."""
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "lightning_kd":
-                names = [f"lightning_kd.{alias.name}" for alias in node.names]
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            if name.startswith("lightning_kd."):
-                yield name.split(".")[1]
+            yield from (alias.name for alias in node.names)
 
 
 def test_imports_go_downward_only():
     seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room in ("__init__", "__main__"):
+    for name, path, tree in modules():
+        room = name.split(".")[1] if "." in name else ""
+        if room in ("", "__main__"):
             continue
-        for other in rooms(path):
-            assert ORDER.index(other) <= ORDER.index(room), f"{path} imports {other}"
-            seen.add(other)
-    assert len(seen) > 8
+        for other in imported(tree):
+            if other.startswith("lightning_kd."):
+                below = other.split(".")[1]
+                assert ORDER.index(below) <= ORDER.index(room), f"{path} imports {other}"
+                seen.add(below)
+    assert len(seen) > 15
 
 
-def test_functional_and_losses_know_nothing_of_lightning():
-    for room in ("functional", "losses", "weighting", "adapters", "teachers", "models"):
-        for path in (PACKAGE / room).rglob("*.py"):
-            assert "import lightning\n" not in path.read_text()
-            assert "from lightning." not in path.read_text(), path
+def test_no_modules_import_each_other_in_a_circle():
+    known = {name for name, _, _ in modules()}
+    graph = {}
+    for name, _, tree in modules():
+        found = {o if o in known else o.rpartition(".")[0] for o in imported(tree)}
+        # a package's __init__ exports what its parts give; the parts import each other directly
+        graph[name] = {o for o in found & known if not name.startswith(f"{o}.") and o != name}
+
+    def walk(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in graph[name]:
+                walk(other, [*path, name])
+            done.add(name)
+
+    done = set()
+    for name in graph:
+        walk(name, [])
+
+
+@pytest.mark.parametrize("room", [*CORE, "Teacher", "Distillation", "Cohort"])
+def test_the_core_needs_neither_lightning_nor_torchvision(room):
+    what = f"lightning_kd.{room}" if room in CORE else f"from lightning_kd import {room}"
+    code = f"import {what}" if room in CORE else what
+    code += "\nimport sys; print([m for m in ('lightning', 'torchvision') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_public_names_stay():
     assert lightning_kd.__all__ == [
-        "DataFree", "Distiller", "MultiTeacher", "NetworkOutput", "PeerCohort", "SubTeacher",
-        "Supervised", "Teacher", "TeacherOutputs", "main",
+        "Cohort", "DataFree", "Distillation", "Distiller", "MultiTeacher", "NetworkOutput",
+        "PeerCohort", "SubTeacher", "Supervised", "Teacher", "TeacherOutputs", "main",
     ]  # fmt: skip
     for name in lightning_kd.__all__:
         assert getattr(lightning_kd, name).__doc__
     assert lightning_kd.losses.SoftTarget
+    assert {"losses", "weighting", "exchange", "callbacks", "data"} <= set(dir(lightning_kd))
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_paradigms_are_shallow_and_narrow(name):
+    paradigm = getattr(lightning_kd, name)
+    own = [c.__name__ for c in paradigm.__mro__ if c.__module__.startswith("lightning_kd")]
+    assert own == [name, "Distiller"]
+    lightnings = set(dir(LightningModule))
+    public = [n for n in dir(paradigm) if not n.startswith("_") and n not in lightnings]
+    assert len(public) <= 10, public
 
 
 def test_files_are_short():
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := p.read_text().count("\n")) > 360}
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := p.read_text().count("\n")) > 300}
     assert not long

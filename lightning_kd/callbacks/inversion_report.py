@@ -97,8 +97,8 @@ class InversionReport(Callback):
         if entropy < self.least_entropy or row["pixel_spread"] < self.least_spread:
             rank_zero_warn(
                 f"The images of epoch {trainer.current_epoch} are nearly all the same (class "
-                f"entropy {entropy:.2f} of 1, pixel spread {row['pixel_spread']:.3f}): the generator "
-                f"collapses. Lower its learning rate, weigh ClassBalance or BatchNormStatistics "
+                f"entropy {entropy:.2f} of 1, pixel spread {row['pixel_spread']:.3f}): the "
+                f"generator collapses. Lower its learning rate, weigh ClassBalance or BatchNormStatistics "
                 f"more, or reset it (reset_rounds)."
             )
         last = trainer.current_epoch + 1 == trainer.max_epochs

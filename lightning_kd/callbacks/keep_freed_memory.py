@@ -16,7 +16,7 @@ class KeepFreedMemory(Callback):
     A CPU training step frees all its activations at its end. By default glibc then returns the
     pages, and the next step faults every one of them in again: up to a third of the time of a small
     network (benchmarks/step_overhead.py shows it). Memory stays at its peak until the process ends.
-    The command line adds it to every run; in Python give ``Trainer(callbacks=[KeepFreedMemory()])``.
+    The command line adds it to every run; in Python give it to the Trainer's ``callbacks``.
     """
 
     @override

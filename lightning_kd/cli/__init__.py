@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
@@ -77,6 +78,13 @@ class DistillationCLI(LightningCLI):
         """Parse, and remember what was given."""
         args = sys.argv[1:] if args is None else args
         self.given = args if isinstance(args, list) else []
+        for arg in self.given:
+            if re.match(r"--[\w.]+\.\d+\.", arg):
+                parser.error(
+                    f"Expected options by name, got the index of a list in {arg}: write losses as "
+                    f"a mapping of names in the file (losses: {{kd: ...}}; --model.losses.kd.weight "
+                    f"2), or change the file."
+                )
         super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:

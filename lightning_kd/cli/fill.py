@@ -18,6 +18,18 @@ def import_path(path: str) -> Callable[..., Any]:
     return found
 
 
+def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of a function or class by name, with those that ``**options`` hand on to bases."""
+    kinds = target.__mro__ if inspect.isclass(target) else (target,)
+    found: dict[str, inspect.Parameter] = {}
+    for kind in kinds:
+        own = inspect.signature(kind).parameters
+        found = {**own, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return found
+
+
 def keep_checkpoints_together(trainer: Namespace) -> None:
     """Put checkpoints without a folder into that of the run.
 
@@ -65,7 +77,7 @@ def fill_in(model: Namespace, data: Namespace) -> None:
         if not isinstance(node, Namespace):
             return
         if "class_path" in node:
-            accepted = inspect.signature(import_path(node["class_path"])).parameters
+            accepted = parameters_of(import_path(node["class_path"]))
             for name, value in known.items():
                 if name in accepted and node.get(f"init_args.{name}") is None:
                     node[f"init_args.{name}"] = value

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from lightning_kd.cli.fill import import_path
+from lightning_kd.cli.fill import import_path, parameters_of
 
 
 def config_files(args: Sequence[str]) -> list[Path]:
@@ -52,7 +52,7 @@ def drop_leaked(config: Any, args: Sequence[str]) -> list[str]:
                 continue
             if _same_class(old["class_path"], new["class_path"]):
                 continue
-            defaults = inspect.signature(import_path(new["class_path"])).parameters
+            defaults = parameters_of(import_path(new["class_path"]))
             for key in [k for k in kept if k in options and options[k] == kept[k]]:
                 default = defaults[key].default if key in defaults else inspect.Parameter.empty
                 if default is inspect.Parameter.empty or re.search(rf"\b{key}\b", said):

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.features import LayerPair
@@ -207,4 +208,14 @@ def losses_by_name(
     return found
 
 
-__all__ = ["DistillationLoss", "LayerLoss", "losses_by_name"]
+def refuse_unknown_classes(
+    losses: Iterable[DistillationLoss], teachers: Iterable[NetworkOutput]
+) -> None:
+    """Raise ``ValueError`` where a loss cannot learn from a teacher of some classes only."""
+    partial = any(bool((teacher.logits == -torch.inf).any()) for teacher in teachers)
+    for loss in losses:
+        if partial and not loss.takes_unknown_classes:
+            raise ValueError(
+                f"Expected teachers that know all classes with {type(loss).__name__}, got one that "
+                f"knows some only: use SubsetTarget, or leave it out."
+            )

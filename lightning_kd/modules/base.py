@@ -12,8 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_kd.base_distillation import BaseDistillation, total_loss
 from lightning_kd.distributed import gather_objects
-from lightning_kd.modules.checkpoint_io import last_checkpoint
-from lightning_kd.modules.example_input import example_input, training_images
+from lightning_kd.modules.example_input import example_input, plain_defaults, training_images
 from lightning_kd.modules.loss_tracker import LossTracker
 from lightning_kd.modules.metrics import collect, log_metrics, update_own
 from lightning_kd.modules.options import is_plain
@@ -156,7 +155,7 @@ class Distiller(LightningModule):
         every = getattr(self.trainer, "log_every_n_steps", 0) or 1
         # on a CPU looking costs nothing, on a GPU it waits for the device
         if self.device.type == "cpu" or self.trainer.global_step % every == 0:
-            self._raise_if_not_finite()
+            self.loss_tracker.raise_if_not_finite(self)
         if self.trainer.is_last_batch:  # not at the epoch's end, where callbacks come first
             self.loss_tracker.log(self)
         return parts
@@ -216,14 +215,8 @@ class Distiller(LightningModule):
         self.teachers.release()
 
     def _build(self, x: Tensor) -> None:
-        # what a Trainer sets for new parts: they are made as the student was, and cast with it
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            with torch.device(x.device):
-                self.distillation.build(x, self.num_classes)
-        finally:
-            torch.set_default_dtype(default)
+        with plain_defaults(x.device):
+            self.distillation.build(x, self.num_classes)
         metrics, own = self.distillation.metrics(), self.configure_metrics()
         taken = sorted(metrics.keys() & own.keys())
         if taken:
@@ -290,7 +283,7 @@ class Distiller(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
-        self._raise_if_not_finite()
+        self.loss_tracker.raise_if_not_finite(self)
         checkpoint["input_shape"] = self.distillation.input_shape
         checkpoint["rng"] = gather_objects(rng_state())
         checkpoint["scores"] = self._scores()
@@ -310,15 +303,3 @@ class Distiller(LightningModule):
         """
         kept = hp if "_instantiator" in hp else {k: v for k, v in hp.items() if is_plain(v)}
         super()._set_hparams(kept)
-
-    def _raise_if_not_finite(self) -> None:
-        broken = self.loss_tracker.not_finite()
-        if broken:
-            clip = ""
-            if self.automatic_optimization:
-                clip = ", or clip gradients (--trainer.gradient_clip_val 1)"
-            raise FloatingPointError(
-                f"Loss {', '.join(broken)} became NaN or infinite in epoch "
-                f"{self.current_epoch}, at or before step {self.trainer.global_step}. Lower the "
-                f"learning rate{clip}.{last_checkpoint(self.trainer)}"
-            )

@@ -189,8 +189,7 @@ class DataFree(Distiller):
         if self.views is not None:
             images = self.synthesizer.augment(images.repeat(self.views, 1, 1, 1), self._random)
         kept = self._like_input(images_from_bytes(images_to_bytes(images)))  # as they come back
-        (teacher,) = self.distillation.teacher_outputs(kept)
-        student = self.distillation.student_output(kept)
+        teacher, student = self.teachers[0](kept), self.distillation.student_output(kept)
         priorities = kl_divergence(student.logits, teacher.logits)
         self.memory.extend(kept, teacher.logits.float(), priorities)
 

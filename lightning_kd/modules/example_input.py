@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,3 +76,18 @@ def training_images(
             loader = CombinedLoader(loader, "max_size_cycle")  # as the training loop does
         first = itertools.islice(loader, batches)
         return [unpack(transfer(convert(batch), 0))[0] for batch, _, _ in first]
+
+
+@contextlib.contextmanager
+def plain_defaults(device: torch.device) -> Iterator[None]:
+    """Inside, new parts are float32 on this device, as the student was made, to be cast with it.
+
+    A Trainer sets other defaults while a model is configured.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -4,6 +4,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_kd.modules.checkpoint_io import last_checkpoint
+
 
 class LossTracker:
     """Running means of each step's losses, kept on the device until an epoch ends.
@@ -55,9 +57,9 @@ class LossTracker:
                 sync_dist=True,
             )  # fmt: skip
 
-    def not_finite(self) -> list[str]:
-        """Names of losses that were NaN or infinite since the last call."""
-        found = [
+    def raise_if_not_finite(self, module: LightningModule) -> None:
+        """Raise ``FloatingPointError`` if a loss was NaN or infinite since the last call."""
+        broken = [
             name
             for names, bad in self._bad.items()
             if bool(bad.any())
@@ -65,4 +67,12 @@ class LossTracker:
             if flag
         ]
         self._bad = {}
-        return found
+        if broken:
+            clip = ""
+            if module.automatic_optimization:
+                clip = ", or clip gradients (--trainer.gradient_clip_val 1)"
+            raise FloatingPointError(
+                f"Loss {', '.join(broken)} became NaN or infinite in epoch "
+                f"{module.current_epoch}, at or before step {module.trainer.global_step}. Lower "
+                f"the learning rate{clip}.{last_checkpoint(module.trainer)}"
+            )

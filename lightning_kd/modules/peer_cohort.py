@@ -84,8 +84,8 @@ class PeerCohort(Distiller):
             task_weight,
         )  # fmt: skip
         self._refuse(update, batched)
-        self.update, self.clip_norm = update, clip_norm
-        self.distillation.simultaneous = update == "simultaneous"
+        self.clip_norm = clip_norm
+        self.distillation.update = update
         self.automatic_optimization = update == "simultaneous" and clip_norm is None
 
     def _refuse(self, update: str, batched: bool) -> None:
@@ -131,9 +131,10 @@ class PeerCohort(Distiller):
         x, target = self.unpack(batch)
         optimizer: Any = self.optimizers()
         by_hand = functools.partial(step, self, clip_norm=self.clip_norm)
-        if self.update == "sequential":
+        update = self.distillation.update
+        if update == "sequential":
             losses = sequential_update(self.distillation, optimizer, by_hand, x, target)
-        elif self.update == "alternating":
+        elif update == "alternating":
             losses = alternating_update(self.distillation, optimizer, by_hand, x, target)
         else:
             losses = self.compute_losses(x, target)

@@ -22,8 +22,10 @@ class TeacherEnsemble(nn.Module):
         ValueError: If one ``Teacher`` is there twice.
     """
 
-    #: why networks cannot be cast, offloaded or compiled; empty: they can
+    #: why its networks cannot be cast, offloaded or compiled; empty: they can
     why_not_whole = ""
+    #: why not even a student beside them can be compiled; empty: it can
+    why_not_compiled = ""
 
     def __init__(self, teachers: nn.Module | Sequence[nn.Module]) -> None:
         super().__init__()
@@ -146,7 +148,7 @@ class SubTeacherEnsemble(TeacherEnsemble):
         TypeError: If ``source`` is something else.
     """
 
-    why_not_whole = "a teacher that is run in parts"
+    why_not_whole = why_not_compiled = "a teacher that is run in parts"
 
     def __init__(self, teacher: nn.Module, source: SubTeachers) -> None:
         super().__init__([teacher])

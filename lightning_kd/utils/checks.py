@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -24,3 +25,9 @@ def check_positive(value: float, name: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
+
+
+def check_type(value: Any, kind: type, name: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is of this kind, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"Expected {name} of type {kind.__name__}, got {type(value).__name__}.")

@@ -97,7 +97,10 @@ def test_features_that_a_layer_changes_in_place_are_told(make_trainer, digits):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SubTeacher(TinyNet(), TinyNet(), NoisyTeacher(2)), "SubTeacher whose teacher"),
+        (
+            lambda: SubTeacher(TinyNet(), TinyNet(), NoisyTeacher(2)),
+            "teacher that is run in parts",
+        ),
         (lambda: Supervised(TinyNet(), depth=StochasticDepth(1)), "path changes at each step"),
         (lambda: PeerCohort([TinyNet(), TinyNet()], batched=True), "batched=True"),
     ],

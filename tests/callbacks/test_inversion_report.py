@@ -62,7 +62,7 @@ def test_pictures_under_mixed_precision(tiny, make_trainer, tmp_path):
 
 
 def test_collapse_is_told(tiny, make_trainer, tmp_path):
-    with pytest.warns(UserWarning, match="source collapses"):
+    with pytest.warns(UserWarning, match="generator collapses"):
         fit(tiny, make_trainer, tmp_path, spread=1e-3, every=0)
     assert not (tmp_path / "images").exists()
     with warnings.catch_warnings(record=True) as caught:

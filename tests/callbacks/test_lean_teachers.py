@@ -134,10 +134,12 @@ def test_batched_teachers_of_some_classes_only():
     module = MultiTeacher(TinyNet(num_classes=6), teachers, losses=[])
     module._build(IMAGES)
     expected = [said.logits for said in module.distillation.teacher_outputs(IMAGES, (0, 1))]
-    module.ask_together()
+    module.teachers.run_batched()
     for teacher in teachers:
         teacher.network.train()
-    for said, logits in zip(module.distillation.teacher_outputs(IMAGES, (0, 1)), expected, strict=True):
+    for said, logits in zip(
+        module.distillation.teacher_outputs(IMAGES, (0, 1)), expected, strict=True
+    ):
         torch.testing.assert_close(said.logits, logits)
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from lightning_kd import MultiTeacher
+from lightning_kd.base_distillation import cut_prefix
 from lightning_kd.callbacks import DistillationReport, ExportStudent
 from lightning_kd.models import Normalized, pretrained, resnet8
 from tests.conftest import assert_same_state
@@ -33,6 +34,7 @@ def test_report_has_stable_keys_and_right_numbers(run, digits, tmp_path):
     module, trainer = run([DistillationReport()])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {
+        "watched",
         "split",
         "student",
         "teachers",
@@ -103,7 +105,7 @@ def test_export_and_report_are_of_the_best_epoch(run, tmp_path):
     exported = load_file(tmp_path / "student.safetensors")
     assert_same_state(
         exported,
-        {k.removeprefix("student."): v for k, v in best.items() if k.startswith("student.")},
+        cut_prefix(best, "distillation.student."),
     )
     assert not torch.equal(exported["linear.weight"], module.student.linear.weight)
 

@@ -13,7 +13,7 @@ class Notes(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         loss = pl_module.distillation.losses["soft_target"]
-        self.values.append((loss.temperature, loss.weight, pl_module.task_weight))
+        self.values.append((loss.temperature, loss.weight, pl_module.distillation.task_weight))
 
 
 def test_curves_start_and_end_where_they_say():

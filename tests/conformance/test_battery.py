@@ -194,6 +194,8 @@ def test_a_batch_of_one_image_is_finite(method):
     module = method.fit(max_epochs=1, limit_train_batches=1)[0]
     module.train()
     assert isinstance(module, (OneStudent, PeerCohort))
-    terms = module.compute_losses(torch.rand(1, *module.distillation.input_shape), torch.tensor([3]))
+    terms = module.compute_losses(
+        torch.rand(1, *module.distillation.input_shape), torch.tensor([3])
+    )
     assert terms
     assert all(torch.isfinite(value).all() for value in terms.values())

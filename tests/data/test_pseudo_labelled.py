@@ -251,8 +251,7 @@ def test_the_command_line_runs_all_steps(tmp_path):
     teacher, labels = tmp_path / "teacher", tmp_path / "labels"
     main(["fit", "-c", f"{here}/1_teacher.yaml", f"--trainer.default_root_dir={teacher}",
           "--trainer.max_epochs=20", *common])  # fmt: skip
-    network = "--model.student.init_args.networks.0.init_args"
-    weights = f"{network}.checkpoint={teacher}/student.safetensors"
+    weights = f"--model.student.networks.checkpoint={teacher}/student.safetensors"
     main(["predict", "-c", f"{here}/2_pseudo_labels.yaml",
           f"--trainer.default_root_dir={labels}", weights, *common])  # fmt: skip
     cli = main(["fit", "-c", f"{here}/3_student.yaml", f"--data.folder={labels}",

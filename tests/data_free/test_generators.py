@@ -12,8 +12,8 @@ from lightning_kd.data_free.generators import (
     Noise,
     Pixels,
 )
-from lightning_kd.models import ImageGenerator
 from lightning_kd.data_free.targets import RandomLabels, TeacherLabels
+from lightning_kd.models import ImageGenerator
 from tests import reference
 from tests.conftest import assert_same_state, state_of
 

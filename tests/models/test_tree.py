@@ -166,7 +166,9 @@ def test_every_leaf_learns_whatever_their_number():
     assert made.sizes == [1, 2, 3]
     module = PeerCohort([made], Hierarchical(), [SoftTarget(2.0)])
     module._build(IMAGES)
-    torch.stack(list(module.compute_losses(IMAGES, torch.zeros(5).long()).values())).sum().backward()
+    torch.stack(
+        list(module.compute_losses(IMAGES, torch.zeros(5).long()).values())
+    ).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
     smaller = made.eval().branch_network(2)
     smaller.load_state_dict(made.branch_state(2, made.state_dict()))

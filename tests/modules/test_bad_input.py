@@ -21,7 +21,7 @@ def test_class_counts_differ(make_module, make_trainer, digits):
     trainer = make_trainer()
     with pytest.raises(ValueError, match=r"teacher 0 and the student .* got 7 and 10"):
         trainer.fit(make_module(teachers=[TinyNet(num_classes=7)]), datamodule=digits())
-    with pytest.raises(ValueError, match="student with 10 classes, as the data has, got 7"):
+    with pytest.raises(ValueError, match="student to have 10 classes, as the data has, got 7"):
         trainer.fit(Supervised(TinyNet(num_classes=7), num_classes=10), datamodule=digits())
 
 
@@ -65,7 +65,7 @@ def test_labels_out_of_range(make_trainer):
 
 def test_nothing_to_learn_from(make_trainer):
     images = DataLoader(torch.zeros(4, 1, 8, 8), 4)
-    with pytest.raises(ValueError, match="at least one term in the loss"):
+    with pytest.raises(ValueError, match="at least one loss"):
         make_trainer().fit(Supervised(TinyNet()), images)
     MultiTeacher(TinyNet(), [TinyNet()])  # with teachers the same images are enough
     make_trainer().fit(MultiTeacher(TinyNet(), [TinyNet()]), images)
@@ -87,7 +87,7 @@ def test_a_term_that_breaks_is_named_and_the_last_good_checkpoint_kept(
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(callbacks=[saver], enable_checkpointing=True)
     with pytest.raises(
-        FloatingPointError, match=r"term breaks became NaN .*checkpoint is .*step=5"
+        FloatingPointError, match=r"Loss breaks became NaN .*checkpoint is .*step=5"
     ):
         trainer.fit(make_module(losses=[Breaks()]), datamodule=digits())
     kept = sorted(p.name for p in tmp_path.glob("*.ckpt"))
@@ -101,8 +101,8 @@ def test_a_broken_state_is_never_saved(make_module, make_trainer, digits, tmp_pa
     module = make_module()
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=digits())
-    module._terms.add({"hint": torch.tensor(float("nan"))}, 1, watched=1)
-    with pytest.raises(FloatingPointError, match="term hint"):
+    module.loss_tracker.add({"hint": torch.tensor(float("nan"))}, {}, 1)
+    with pytest.raises(FloatingPointError, match="Loss hint"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
 
@@ -128,5 +128,8 @@ def test_weights_that_are_none_are_told(weights, message, make_module):
 
 
 def test_losses_that_are_no_list_are_told(make_module):
-    with pytest.raises(TypeError, match="Expected a list of losses, got SoftTarget"):
+    with pytest.raises(
+        TypeError,
+        match="Expected a list of losses, or a mapping of names to losses, got SoftTarget",
+    ):
         make_module(losses=SoftTarget())

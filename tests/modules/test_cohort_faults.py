@@ -15,6 +15,7 @@ from lightning_kd.exchange import Codistillation, Collective, Fusion, Gate, Peer
 from lightning_kd.losses import KnowledgeFlow
 from lightning_kd.models import MultiBranch
 from lightning_kd.modules import PeerCohort
+from lightning_kd.strategies import divide
 
 
 def loader(count, batch_size=8, labelled=True):
@@ -53,7 +54,7 @@ def test_checkpoint_inside_an_epoch_holds_the_shadow_of_its_step(
     trainer.fit(whole, datamodule=digits())
     half = tmp_path / "step=3.ckpt"
     state = torch.load(half, weights_only=True)["state_dict"]
-    assert state["exchange._extra_state"]["steps"] == 3
+    assert state["distillation.exchange._extra_state"]["steps"] == 3
     again = make()
     make_trainer(max_epochs=2).fit(again, datamodule=digits(), ckpt_path=half)
     for key, value in whole.state_dict().items():
@@ -146,13 +147,13 @@ def test_a_last_batch_of_one_sample_is_taken(make_trainer, exchange):
 
 def test_a_frozen_peer_has_no_process_of_its_own(tiny):
     module = PeerCohort([tiny(4), tiny(4).requires_grad_(False)])
-    module.distillation.own(0, 2)
+    divide(module.distillation, 0, 2)
     with pytest.raises(ValueError, match="without a parameter"):
-        module.distillation.own(1, 2)
+        divide(module.distillation, 1, 2)
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"update": "sequential"}])
 def test_nothing_to_learn_from_is_told(tiny, make_trainer, options):
     module = PeerCohort([tiny(4), tiny(4)], losses=[], task_weight=0.0, **options)
-    with pytest.raises(ValueError, match="at least one term"):
+    with pytest.raises(ValueError, match="at least one loss"):
         make_trainer().fit(module, loader(16, labelled=False))

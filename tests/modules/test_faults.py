@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_kd import MultiTeacher, Supervised
 from lightning_kd.functional import kl_divergence
-from lightning_kd.losses import DistillationLoss, Hint, SoftTarget
-from lightning_kd.losses import losses_by_name
+from lightning_kd.losses import DistillationLoss, Hint, SoftTarget, losses_by_name
 from lightning_kd.weighting import Uniform
 from tests.conftest import TinyNet, assert_same_state
 
@@ -248,7 +247,7 @@ def test_reserved_names_are_told_and_equal_ones_numbered_by_themselves():
     assert list(named) == ["hint", "hint_extra", "hint_2", "soft_target"]
     for name in ("Loss", "Task"):
         loss = type(name, (DistillationLoss,), {"forward": lambda *_: torch.zeros(())})()
-        with pytest.raises(ValueError, match=f"taken in the log, got {name}"):
+        with pytest.raises(ValueError, match=f"taken in the log, got {name.lower()!r} for {name}"):
             losses_by_name([loss])
 
 

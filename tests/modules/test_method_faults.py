@@ -79,12 +79,12 @@ def test_knowledge_still_flows_where_the_layer_was_replaced_or_the_module_copied
     module._build(X)
     module.student = nn.SyncBatchNorm.convert_sync_batchnorm(module.student)
     assert not module.student.bn._forward_hooks or len(module.student.bn._forward_hooks) < 2
-    module._find_layers()
+    module.distillation.attach()
     assert len(module.student.bn._forward_hooks) == 2  # the tap's and the flow's
     module = MultiTeacher(tiny(4), [tiny(6)], losses=[KnowledgeFlow("bn", "bn")])
     module._build(X)
     twin = copy.deepcopy(module)
-    twin._find_layers()
+    twin.distillation.attach()
     torch.stack(list(twin.compute_losses(X, Y).values())).sum().backward()
     flow = twin.distillation.losses["knowledge_flow"]
     assert all(p.grad is not None for p in flow.projections.parameters())

@@ -222,7 +222,7 @@ def test_what_nobody_reads_of_a_teacher_is_not_computed(tiny):
         terms = module.compute_losses(x, y)
         assert len(calls) == ran
         said = module.distillation.teacher_outputs(x, [0])[0]
-        again = module.distillation.teacher_outputs(x, [0], logits=ran > 0)[0]
+        again = module.distillation.teacher_outputs(x, [0], need_logits=ran > 0)[0]
         assert all(torch.equal(said.features[k], again.features[k]) for k in said.features)
         assert said.logits.shape == (4, 10)
         torch.stack(list(terms.values())).sum().backward()
@@ -236,7 +236,9 @@ def test_distillation_stops_when_the_student_has_caught_up(build, make_trainer, 
     terms = module.compute_losses(x, y)
     assert float(terms["hint"].detach()) == 0.0
     assert float(terms["task"].detach()) > 0
-    module.compute_losses(x, torch.full((4,), -1))["hint"].backward()  # nothing to learn, and no error
+    module.compute_losses(x, torch.full((4,), -1))[
+        "hint"
+    ].backward()  # nothing to learn, and no error
 
 
 def test_gate_is_logged_and_learns(build, make_trainer, digits):

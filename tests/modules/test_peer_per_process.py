@@ -18,7 +18,7 @@ from lightning_kd.exchange import Fusion, Mutual
 from lightning_kd.losses import Hint
 from lightning_kd.models import MultiBranch
 from lightning_kd.modules import PeerCohort
-from lightning_kd.strategies import PeerPerProcess
+from lightning_kd.strategies import PeerPerProcess, divide
 from tests.modules.test_distributed import launch
 
 ROOT = Path(__file__).parents[2]
@@ -154,13 +154,13 @@ def test_different_batches_are_refused(tmp_path):
 def test_what_cannot_be_divided_is_refused(tiny, options, count, message):
     module = PeerCohort([tiny(4), tiny(4)], **options)
     with pytest.raises(ValueError, match=message):
-        module.distillation.own(0, count)
+        divide(module.distillation, 0, count)
 
 
 def test_branches_are_refused(tiny):
     module = PeerCohort([MultiBranch(tiny(4), "relu", 2)], Mutual())
     with pytest.raises(ValueError, match="branches"):
-        module.distillation.own(0, 2)
+        divide(module.distillation, 0, 2)
 
 
 def test_other_modules_are_refused(make_module):

@@ -332,7 +332,9 @@ def test_the_teacher_is_trained_with_blocks_left_out(make_trainer, digits):
     assert "forward" not in vars(network.layer1[0])
     with torch.no_grad():  # in validation all blocks are taken
         module.eval()
-        assert torch.equal(module.distillation.student_output(IMAGES.float()).logits, network(IMAGES.float()))
+        assert torch.equal(
+            module.distillation.student_output(IMAGES.float()).logits, network(IMAGES.float())
+        )
 
 
 def test_a_resumed_training_of_such_a_teacher_goes_on_bit_for_bit(make_trainer, digits, tmp_path):
@@ -389,12 +391,13 @@ def test_a_copy_shares_the_teacher_and_draws_the_same_paths(source, build):
     module._build(x)
     twin = copy.deepcopy(module)
     mine, theirs = (
-        [k.logits for k in m.train().distillation.teacher_outputs(x, range(len(m.teachers)))] for m in (module, twin)
+        [k.logits for k in m.train().distillation.teacher_outputs(x, range(len(m.teachers)))]
+        for m in (module, twin)
     )
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
-    network = next(module._teachers()).network
-    assert next(twin._teachers()).network is network
+    network = module.teachers[0].network
+    assert twin.teachers[0].network is network
     if source == "depth":
         blocks = {dict(network.named_modules())[name] for name in twin.teachers.source.names}
         assert set(twin.teachers.source._paths._blocks) == blocks
@@ -407,7 +410,10 @@ def test_a_copy_of_a_teacher_in_training_has_its_own_blocks():
     twin = copy.deepcopy(module)
     blocks = {dict(twin.student.named_modules())[name] for name in twin.distillation.depth.names}
     assert set(twin.distillation.depth._paths._blocks) == blocks
-    assert torch.equal(module.train().distillation.student_output(x).logits, twin.train().distillation.student_output(x).logits)
+    assert torch.equal(
+        module.train().distillation.student_output(x).logits,
+        twin.train().distillation.student_output(x).logits,
+    )
 
 
 def test_losses_reach_the_network_of_each_snapshot(tmp_path, build):
@@ -421,7 +427,7 @@ def test_losses_reach_the_network_of_each_snapshot(tmp_path, build):
     torch.manual_seed(0)
     module = SubTeacher(resnet8(in_channels=1, width=4), first, snapshots, losses=[loss])
     module._build(torch.rand(2, 1, 8, 8))
-    mine = next(iter(module._losses()))
+    mine = next(iter(module.distillation.losses.values()))
     assert mine._classifiers[0] is first.linear
     assert torch.equal(mine._classifiers[1].bias, second.linear.bias)
 
@@ -520,7 +526,8 @@ if __name__ == "__main__":
     module = make("student")
     trainer = fit(module, 2)
     seeds = [None, None]
-    torch.distributed.all_gather_object(seeds, (module.teachers.source.seed, module.teachers.source.times))
+    source = module.teachers.source
+    torch.distributed.all_gather_object(seeds, (source.seed, source.times))
     assert seeds[0] == seeds[1], seeds
     if trainer.is_global_zero:
         torch.save(module.student.state_dict(), sys.argv[1] + "/student.pt")

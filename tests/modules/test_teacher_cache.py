@@ -72,7 +72,7 @@ def test_each_view_is_what_the_teacher_says_of_the_images_the_student_sees(fit, 
         for batch in loader:
             x, _, bits = source.on_after_batch_transfer(batch, 0)
             said = bits.view(torch.half)
-            live = torch.stack([t(x).logits for t in made._teachers()], 1)
+            live = torch.stack([t(x).logits for t in made.teachers], 1)
             torch.testing.assert_close(said.float(), live, atol=5e-3, rtol=5e-3)
             seen.setdefault(epoch, []).append(said)
     first, second, fourth = (torch.cat(seen[e]).sum((1, 2)).sort().values for e in (0, 1, 3))
@@ -83,7 +83,7 @@ def test_each_view_is_what_the_teacher_says_of_the_images_the_student_sees(fit, 
 def test_teachers_run_once_for_each_image_and_view(fit, cache):
     made = module()
     seen = []
-    for network in (t.network for t in made._teachers()):
+    for network in (t.network for t in made.teachers):
         network.register_forward_hook(lambda m, x, y: seen.append(len(y)))
     fit(made, cache(views=2), limit_val_batches=0, max_epochs=4)
     assert sum(seen) == 2 * 2 * 200 + 2 + 2 * 32  # and the dry run, and a few to compare with
@@ -113,7 +113,7 @@ def test_the_largest_logits_keep_their_probability(fit, cache):
     source.setup("fit")
     x = source.training[0][:50]
     x = source.on_after_batch_transfer((x, None, as_bits(kept.draws(0, 200, 3)[:50])), 0)[0]
-    live = torch.stack([t(x).logits.softmax(1) for t in module()._teachers()], 1)
+    live = torch.stack([t(x).logits.softmax(1) for t in module().teachers], 1)
     top = live.topk(3, 2)
     torch.testing.assert_close(said.gather(2, top.indices), top.values, atol=2e-3, rtol=2e-3)
 
@@ -153,7 +153,7 @@ def test_answers_about_something_else_are_refused(fit, cache, change, what):
     fit(cache=cache(), max_epochs=1)
     made = module()
     if "teacher" in change:
-        next(made._teachers()).network.linear.bias.data += 1
+        made.teachers[0].network.linear.bias.data += 1
     with pytest.raises(ValueError, match=f"but {what} changed since"):
         fit(made, cache(**change.get("cache", {})), data=change.get("data", {}))
 
@@ -161,7 +161,7 @@ def test_answers_about_something_else_are_refused(fit, cache, change, what):
 def test_an_interrupted_filling_starts_again(fit, cache):
     folder = cache().folder
     made = module()
-    next(made._teachers()).network.register_forward_hook(
+    made.teachers[0].network.register_forward_hook(
         lambda m, x, y: (_ for _ in ()).throw(KeyboardInterrupt) if len(y) > 1 else None
     )
     with pytest.raises(SystemExit):
@@ -280,7 +280,7 @@ def test_a_dry_development_run_after_a_real_one_asks_live_teachers(fit, cache, m
     make_trainer(max_epochs=1).fit(module(), datamodule=source)
     asked = []
     made = module()
-    for teacher in made._teachers():
+    for teacher in made.teachers:
         teacher.network.register_forward_hook(lambda m, x, y: asked.append(m.training))
     make_trainer(fast_dev_run=True).fit(made, datamodule=source)
     assert asked
@@ -303,7 +303,7 @@ def test_a_subclass_that_reads_batches_sees_pairs(fit, cache):
     made = Mine(TinyNet(), [TinyNet(8)])
     fit(made, cache(), max_epochs=1)
     asked = []
-    next(made._teachers()).network.register_forward_hook(lambda m, x, y: asked.append(len(y)))
+    made.teachers[0].network.register_forward_hook(lambda m, x, y: asked.append(len(y)))
     _, trainer = fit(made, cache(), max_epochs=1, limit_val_batches=0)
     assert asked == [32]  # to compare, not to train
     assert torch.isfinite(trainer.callback_metrics["train/loss"])

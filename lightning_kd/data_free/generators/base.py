@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 class BaseGenerator(nn.Module, ABC):
     """Makes images, and learns from a loss how to make better ones.
 
-    A round calls ``start_round``, then a number of times ``forward`` and ``step``, then ``end_round``.
+    A round calls ``start_round``, then some times ``forward`` and ``step``, then ``end_round``.
     """
 
     #: whether good images take a round to make, so that a replay buffer must keep them

@@ -22,8 +22,8 @@ class Unread:
 
     def _complain(self, *_: Any) -> Any:
         raise RuntimeError(
-            f"Expected an image loss that sets {self._flag} = True before it reads inputs.{self._name}, "
-            f"got none: set it in the class."
+            f"Expected an image loss that sets {self._flag} = True before it reads "
+            f"inputs.{self._name}, got none: set it in the class."
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_kd import cli
+from lightning_kd.callbacks import SaveOnSigterm
 from lightning_kd.weighting import SelfPaced
 from tests.conftest import assert_same_state
 
@@ -49,7 +50,9 @@ def fit(make_module, make_trainer, digits, tmp_path):
         data.shuffle_seed = 3
         rows = Rows()
         module = make_module(weighting=SelfPaced())
-        trainer = make_trainer(callbacks=[rows, *callbacks], **({"max_epochs": 3} | options))
+        trainer = make_trainer(
+            callbacks=[rows, SaveOnSigterm(), *callbacks], **({"max_epochs": 3} | options)
+        )
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         assert trainer.fast_dev_run or trainer.num_training_batches == STEPS
         return module, rows.rows

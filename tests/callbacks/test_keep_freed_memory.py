@@ -1,6 +1,6 @@
 import sys
 
-from lightning_kd.modules import allocator
+from lightning_kd.callbacks import keep_freed_memory as allocator
 
 
 def test_glibc_takes_the_settings_and_other_systems_are_left_alone(monkeypatch):
