@@ -151,7 +151,7 @@ def run(size: int, name: str, seed: int) -> dict:
         "size": size,
         "arm": name,
         "seed": seed,
-        "peers": [scores[f"test/{peer}/accuracy"] for peer in module.names],
+        "peers": [scores[f"test/{peer}/accuracy"] for peer in module.distillation.names],
         "ensemble": scores["test/ensemble/accuracy"],
         "agreement": scores["test/agreement_0_1"],
         "seconds": round(seconds, 1),
@@ -166,7 +166,8 @@ class Curves(Callback):
         self.seen: list[list[float]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: PeerCohort) -> None:
-        self.seen.append([round(value, 4) for value in pl_module.learner_accuracies()])
+        scores = pl_module.distillation.scores(trainer.callback_metrics)
+        self.seen.append([round(score, 4) for score in scores])
 
 
 def table() -> str:

@@ -7,7 +7,8 @@ K networks are trained by a plain PyTorch loop one after the other, then as a co
 itself (``Mutual``, one process), peers apart and peers batched. The ratio is the time of the K
 plain runs over the cohort's: 1 means that mutual learning costs nothing over separate trainings.
 Sides take turns in one process, and the median of the turns' ratios is printed. On a CPU the
-package asks glibc to keep freed memory between steps; the plain loop here gains from it too.
+callback ``KeepFreedMemory`` has glibc keep freed memory between steps; the plain loop, in the same
+process, gains from it too.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from lightning_kd.callbacks import KeepFreedMemory
 from lightning_kd.data import ImageData
 
 
@@ -29,14 +30,14 @@ def quiet(threads: int = 1) -> None:
 def bare_trainer(
     callbacks: Iterable[Callback] = (), accelerator: str = "cpu", **options: Any
 ) -> Trainer:
-    """A trainer that writes and prints nothing."""
+    """A trainer that writes and prints nothing, and keeps freed memory as the command line does."""
     return Trainer(
         accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=list(callbacks),
+        callbacks=[KeepFreedMemory(), *callbacks],
         **options,
     )
 
@@ -105,7 +106,7 @@ def run_missing(
     run: Callable[..., dict | list[dict]],
     part: Sequence[int] = (0, 1),
 ) -> None:
-    """Call ``run(*job)`` for the jobs of this part of which no row tells, and append what it found.
+    """Call ``run(*job)`` for the jobs of this part that have no row yet, and append what it found.
 
     Args:
         results: File of rows.

@@ -94,9 +94,9 @@ def run(seed: int) -> list[dict[str, Any]]:
             fit(SubTeacher(student, teacher, views, task_weight=0.1, **options()), images(seed))
         else:
             with tempfile.TemporaryDirectory() as folder:
-                said = Averaged([teacher], VIEWS[how[1]])
+                mean = Averaged([teacher], VIEWS[how[1]])
                 bare_trainer([PseudoLabels(folder)]).predict(
-                    Supervised(said),
+                    Supervised(mean),
                     datamodule=images(seed, predict_split="train"),
                     return_predictions=False,
                 )

@@ -126,20 +126,20 @@ class Real(BaseGenerator):
         return images[torch.randint(len(images), (count,), generator=random)].float().div_(255)
 
 
-def terms(setting: Setting, modulate: bool, batch_norm=None, normalize: bool = False) -> list:
+def image_losses(setting: Setting, modulate: bool, batch_norm=None, normalize=False) -> list:
     weight = setting.batch_norm if batch_norm is None else batch_norm
-    wishes = [
+    losses = [
         OneHot(setting.one_hot, modulate=modulate, normalize=normalize),
         Adversarial(setting.adversarial, masked=True),
     ]
-    return [BatchNormStatistics(weight, setting.momentum), *wishes] if weight else wishes
+    return [BatchNormStatistics(weight, setting.momentum), *losses] if weight else losses
 
 
-def inverted(sampler, keep_all: bool = False, modulate: bool = False, **wishes):
+def inverted(sampler, keep_all: bool = False, modulate: bool = False, **changes):
     def make(setting, scale):
         options = {
             "generator": MetaGenerator(setting.generator()),
-            "image_losses": terms(setting, modulate, **wishes),
+            "image_losses": image_losses(setting, modulate, **changes),
             "round_images": max(setting.images, -(-scale // (setting.rounds - setting.warm_up))),
         }
         kept = None if keep_all else scale * (setting.views or 1)
@@ -149,9 +149,9 @@ def inverted(sampler, keep_all: bool = False, modulate: bool = False, **wishes):
 
 
 def dafl(setting, scale):
-    wishes = [OneHot(1.0), ClassBalance(5.0), Activation("layer3", 0.1)]
-    source = Generator(setting.generator(), learning_rate=3e-2)
-    return {"generator": source, "image_losses": wishes, "targets": TeacherLabels()}, []
+    losses = [OneHot(1.0), ClassBalance(5.0), Activation("layer3", 0.1)]
+    generator = Generator(setting.generator(), learning_rate=3e-2)
+    return {"generator": generator, "image_losses": losses, "targets": TeacherLabels()}, []
 
 
 def noise(setting, scale):
@@ -216,7 +216,7 @@ class Curve(Callback):
 
 
 def fit(setting: Setting, teacher: nn.Module, parts: dict, callbacks: list[Callback], **more: Any):
-    """Train one student; what its ``Curve`` saw."""
+    """Train one student; returns the rows of its ``Curve``."""
     curve, learned = Curve(setting), setting.rounds - setting.warm_up
     options = {
         "round_images": setting.images, "generator_steps": setting.generator_steps,
@@ -282,8 +282,8 @@ def frozen(name: str, seed: int, file: str | None) -> list[dict]:
                 pool.load_state_dict(state)
                 short = Setting(**{**vars(setting), "rounds": 4, "warm_up": 0, "every": 4})
                 curve = fit(
-                    short, teacher, {"generator": Noise(), "image_losses": []}, [pool], round_images=1,
-                    student_steps=steps // 4, flip=False, views=None,
+                    short, teacher, {"generator": Noise(), "image_losses": []}, [pool],
+                    round_images=1, student_steps=steps // 4, flip=False, views=None,
                 )  # fmt: skip
                 row = {"setting": name, "kept": kept, "steps": steps, "draws": draws}
                 found.append({**row, "seed": seed, "accuracy": curve[-1][2]})

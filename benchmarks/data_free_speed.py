@@ -2,13 +2,14 @@
 
     python benchmarks/data_free_speed.py
 
-One round of ``DataFree`` (invert, remember, distil) against a plain loop with the same networks,
-batch and numbers of steps that does what public code does: images go to PNG files, the pool is read
-from disk through a new ``ImageFolder`` loader each round, the teacher is asked at every draw, and
-hooks on its BatchNorm layers compute statistics in every forward pass. Sides take turns in one
-process; the median of the turns' ratios is printed, and those of this package in half precision,
-without channels last in memory, without its cache of the teacher's answers, and then with
-statistics measured in every forward pass. Two profiles say where the loop's time and ours goes.
+One round of ``DataFree`` (synthesize, remember, distil) against a plain loop with the same
+networks, batch and numbers of steps that does what public code does: images go to PNG files, the
+pool is read from disk through a new ``ImageFolder`` loader each round, the teacher runs at every
+draw, and hooks on its BatchNorm layers compute statistics in every forward pass. Sides take turns
+in one process; the median of the turns' ratios is printed, and those of this package in half
+precision, without channels last in memory, without its cache of the teacher's outputs, and then
+with statistics measured in every forward pass. Two profiles say where the loop's time and ours
+goes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lightning_kd.data_free.image_losses import Adversarial, BatchNormStatistics
 from lightning_kd.data_free.replay import Prioritized
 from lightning_kd.models import ImageGenerator, wide_resnet
 
-IMAGES, SOURCE_STEPS, STUDENT_STEPS, BATCH = 64, 2, 20, 64
+IMAGES, GENERATOR_STEPS, STUDENT_STEPS, BATCH = 64, 2, 20, 64
 
 
 def networks():
@@ -75,7 +76,7 @@ class Plain:
         self.student.eval()
         labels = torch.randint(10, (IMAGES,))
         best, least = None, float("inf")
-        for _ in range(SOURCE_STEPS):
+        for _ in range(GENERATOR_STEPS):
             self.found.clear()
             x = self.generator(torch.randn(IMAGES, 64))
             t, s = self.teacher(x), self.student(x)
@@ -121,12 +122,12 @@ class HooksOn(Callback):
     """The teacher's statistics are measured in every forward pass, as hooks that stay do."""
 
     def on_train_start(self, trainer, pl_module):
-        self.context = pl_module._statistics.measured()
+        self.context = pl_module.synthesizer._statistics.measured()
         self.context.__enter__()
 
 
 class Forgetful(ReplayBuffer):
-    """A memory that does not keep what the teacher said."""
+    """A memory that does not keep the teacher's logits."""
 
     def sample(self, count, random):
         return replace(super().sample(count, random), logits=None)
@@ -144,13 +145,13 @@ def ours(
     module = DataFree(
         student, teacher, Generator(generator),
         [BatchNormStatistics(), OneHot(0.5, modulate=True), Adversarial()], temperature=4.0,
-        round_images=IMAGES, generator_steps=SOURCE_STEPS, student_steps=STUDENT_STEPS,
+        round_images=IMAGES, generator_steps=GENERATOR_STEPS, student_steps=STUDENT_STEPS,
         batch_size=BATCH, warm_up=0,
     )  # fmt: skip
-    parts = dict.fromkeys(("invert", "remember", "distil"), 0.0)
+    parts = dict.fromkeys(("synthesize", "remember", "distil"), 0.0)
 
     def timed(name):
-        plain = getattr(module, name)
+        plain = getattr(module, f"_{name}")
 
         def call(*args):
             start = time.perf_counter()
@@ -161,7 +162,7 @@ def ours(
         return call
 
     for name in parts:
-        setattr(module, name, timed(name))
+        setattr(module, f"_{name}", timed(name))
     clock = Clock()
     memory = ReplayBuffer if cached else Forgetful
     callbacks = [memory(1000, Prioritized()), clock]

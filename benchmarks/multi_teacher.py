@@ -204,18 +204,16 @@ def mean_trust(module: MultiTeacher, seed: int) -> list[float]:
     held.setup("fit")
     module.train()
     module.student.eval()
+    distillation, weighting = module.distillation, module.distillation.weighting
     total = torch.zeros(len(module.teachers))
     for _, batch in zip(range(8), held.train_dataloader(), strict=False):
         x, y = held.on_after_batch_transfer(batch, 0)
-        indices = tuple(module.distillation.weighting.active(len(module.teachers)))
-        if not indices:  # nobody is listened to any more
-            module.distillation.weighting.eval()
-            indices = tuple(module.distillation.weighting.active(len(module.teachers)))
-        weights = module.distillation.weighting(
-            module.distillation.teacher_outputs(x, indices),
-            module.distillation.student_output(x),
-            y,
-        )
+        indices = tuple(weighting.active(len(module.teachers)))
+        if not indices:  # no teacher runs any more
+            weighting.eval()
+            indices = tuple(weighting.active(len(module.teachers)))
+        outputs = distillation.teacher_outputs(x, indices)
+        weights = weighting(distillation.student_output(x), outputs, y)
         weights = weights.mean(1) if weights.dim() == 2 else weights
         for index, weight in zip(indices, weights, strict=True):
             total[index] += weight / 8
@@ -257,7 +255,7 @@ def table(spoiled: bool = False) -> str:
 
 
 def prepare() -> None:
-    """Write what each teacher makes of its training images, for DomainSimilarity."""
+    """Write each teacher's features of its training images, for DomainSimilarity."""
     source = FashionMNIST(batch_size=256, val_split=0.0)
     source.setup("fit")
     batches = [b for _, b in zip(range(2), source.train_dataloader(), strict=False)]

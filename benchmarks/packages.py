@@ -11,9 +11,9 @@ same images in memory for the plain loop and for this package. Seconds from the 
 epoch to its end; the median of the turns' ratios to each of the others is printed.
 
 ``--apart`` is what a user of each package sees. In one process all of them gain from the memory
-that this package asks glibc to keep between steps. KD_Lib (2021) no longer imports as it is: its
-part for texts wants a transformers of its time, and is left out here. As it comes, it asks its
-teacher with gradients on, and each peer again for every other.
+that this package's callback ``KeepFreedMemory`` has glibc keep between steps. KD_Lib (2021) no
+longer imports as it is: its part for texts wants a transformers of its time, and is left out here.
+As it comes, it runs its teacher with gradients on, and each peer again for every other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 class Marked:
-    """A loader that notes when its second batch was asked for, and when it ended."""
+    """A loader that notes when its second batch was requested, and when it ended."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader, self.dataset, self.start, self.end = loader, loader.dataset, 0.0, 0.0
@@ -101,15 +101,15 @@ def plain(setting: Setting, teachers: int) -> float:
         draws = torch.rand(len(index), 3)
         x = crop_and_flip(images[index], draws, 4, True).float().div_(255)
         y = labels[index]
-        answers = [network(x) for network in networks]
+        logits = [network(x) for network in networks]
         if teachers:
             with torch.no_grad():
                 given = [teacher(x)]
         else:
-            given = [answer.detach() for answer in reversed(answers)]
+            given = [peer.detach() for peer in reversed(logits)]
         temperature = TEMPERATURE if teachers else 1.0
         loss = torch.zeros(())
-        for mine, other in zip(answers, given, strict=True):
+        for mine, other in zip(logits, given, strict=True):
             target = (other / temperature).softmax(1)
             soft = F.kl_div((mine / temperature).log_softmax(1), target, reduction="batchmean")
             task = F.cross_entropy(mine, y)

@@ -5,10 +5,10 @@
 A student learns from one and from three teachers, and two and four students from each other. Both
 sides train like networks on the same data in the same process, turn by turn (so that both see the
 same machine), and the median of the turns' ratios is printed. The plain loop does what any correct
-loop must: shuffle, cut a batch, convert it, ask the teachers under no_grad, KL at temperature 4 to
-their mean, cross-entropy, step, and add up the losses that it reports. On a CPU the package asks
-glibc to keep freed memory between steps, and the plain loop in the same process then gains from it
-too; what it did before is printed first.
+loop must: shuffle, cut a batch, convert it, run the teachers under no_grad, KL at temperature 4 to
+their mean, cross-entropy, step, and add up the losses that it reports. On a CPU the callback
+``KeepFreedMemory`` has glibc keep freed memory between steps, and the plain loop in the same
+process then gains from it too; its time before that is printed first.
 """
 
 from __future__ import annotations
@@ -66,21 +66,22 @@ class Plain:
         options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
         self.optimizers = [torch.optim.SGD(s.parameters(), **options) for s in students]
 
-    def terms(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    def losses(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         if self.teachers:
             with torch.no_grad():
                 target = sum((t(x) / 4).softmax(1) for t in self.teachers) / len(self.teachers)
             logits = self.students[0](x)
             soft = F.kl_div((logits / 4).log_softmax(1), target, reduction="batchmean") * 16
             return [0.9 * soft, 0.1 * F.cross_entropy(logits, y)]
-        said = [student(x) for student in self.students]
-        given = [logits.detach().softmax(1) for logits in said]
-        terms = [F.cross_entropy(logits, y) for logits in said]
-        for k, logits in enumerate(said):
+        outputs = [student(x) for student in self.students]
+        targets = [logits.detach().softmax(1) for logits in outputs]
+        losses = [F.cross_entropy(logits, y) for logits in outputs]
+        for k, logits in enumerate(outputs):
             log = logits.log_softmax(1)
-            others = [F.kl_div(log, g, reduction="batchmean") for g in given[:k] + given[k + 1 :]]
-            terms.append(sum(others) / len(others))
-        return terms
+            others = targets[:k] + targets[k + 1 :]
+            divergences = [F.kl_div(log, t, reduction="batchmean") for t in others]
+            losses.append(sum(divergences) / len(others))
+        return losses
 
     def __call__(self) -> tuple[float, float]:
         images, labels = self.data._train
@@ -91,13 +92,13 @@ class Plain:
         sums: list[torch.Tensor] = []
         for index in order.split(BATCH):
             x, y = images[index].float().div_(255), labels[index]
-            terms = self.terms(x, y)
+            losses = self.losses(x, y)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
-            torch.stack(terms).sum().backward()
+            torch.stack(losses).sum().backward()
             for optimizer in self.optimizers:
                 optimizer.step()
-            values = torch.stack(terms).detach()
+            values = torch.stack(losses).detach()
             sums = [sums[0] + values] if sums else [values]
             start = start or time.perf_counter()
         end = time.perf_counter()
@@ -149,11 +150,11 @@ def main() -> None:
     alone: dict[str, float] = {}
     sides = {}
     for task in options.tasks:  # before the first run of this package, which changes the process
-        count, asked = TASKS[task]
+        count, trained = TASKS[task]
         sides[task] = [
             side(
                 [resnet8(width=8 * options.scale) for _ in range(count)],
-                teachers(asked, options.scale),
+                teachers(trained, options.scale),
                 data,
             )
             for side in (Plain, Ours)

@@ -183,7 +183,7 @@ def views(*more: nn.Module) -> Callable[[nn.Module, int], Any]:
     return sub("plain_0", lambda _: MultiView([Plain(), *more]))
 
 
-#: what a student learns from: how many answers, trained teachers, module
+#: what a student learns from: how many teacher outputs, trained teachers, module
 ARMS: dict[str, tuple[int, list[str], Callable[[nn.Module, int], Any]]] = {
     "labels alone": (0, [], lambda student, _: Supervised(student, **recipe(STUDENT_EPOCHS))),
     **{f"real teachers, m={m}": (m, REAL[:m], real(*REAL[:m])) for m in (1, 2, 4, 8)},

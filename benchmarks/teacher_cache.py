@@ -1,4 +1,4 @@
-"""What does an epoch cost with live teachers, with their answers cached, and without any?
+"""What does an epoch cost with live teachers, with their outputs cached, and without any?
 
     python benchmarks/teacher_cache.py
 

@@ -4,7 +4,7 @@
 
 The student is ResNet-8, each teacher a ResNet-20, on CIFAR-sized images, batch 64, one thread. Each
 case runs in a process of its own, for its memory; time is the median of the steps after the first
-three. ``Uniform`` asks all teachers, ``Switching`` one of them each step.
+three. ``Uniform`` runs all teachers, ``Switching`` one of them each step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are never half there, and what is said of those that are."""
+"""Files that are never half-written, and messages about those that are."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import BinaryIO
 
 import torch
 
-#: what torch raises where a checkpoint is damaged
+#: what torch raises if a checkpoint is damaged
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError)
 ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Inside, write a file aside; it is then flushed to disk and takes its name, or nothing stays.
+    """Inside, write a temporary file; it is then flushed to disk and renamed, or removed.
 
     Raises:
-        OSError: If it cannot be written; what was there before is still there.
+        OSError: If it cannot be written; an earlier file of that name stays.
     """
     aside = path.with_name(f".{path.name}.partial")  # overwritten, if a killed run left one
     try:
@@ -36,7 +36,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
-            f"Cannot write {path}: {reason}. What was there before is as it was. Free space, or "
+            f"Cannot write {path}: {reason}. An earlier file there is as it was. Free space, or "
             f"choose another folder (--trainer.default_root_dir)."
         ) from error
     finally:
@@ -45,7 +45,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is never half there; see ``written_atomically``."""
+    """Write a file so that it is never half-written; see ``written_atomically``."""
     with written_atomically(path) as file:
         file.write(content)
 
@@ -68,7 +68,7 @@ def unreadable(path: Path, error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
         why = "needs pickle to load, which can run any code; this package never writes such files"
     else:
-        why = "is damaged or no checkpoint"
+        why = "is damaged or not a checkpoint"
     others = sorted(
         (p for p in path.parent.glob("*.ckpt") if p != path), key=lambda p: -p.stat().st_mtime
     )

@@ -28,9 +28,9 @@ class BaseDistillation(nn.Module, ABC):
     input_shape: tuple[int, ...] | None = None
 
     @property
-    @abstractmethod
     def built(self) -> bool:
         """Whether ``build`` was called."""
+        return self.input_shape is not None
 
     @abstractmethod
     def build(self, x: Tensor, num_classes: int | None = None) -> None:

@@ -21,6 +21,7 @@ from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherEnsemble
 from lightning_kd.utils.checks import check_type
 from lightning_kd.weighting import Weighting
+from lightning_kd.weighting.base import refuse_memory
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -45,7 +46,6 @@ class Cohort(BaseDistillation):
         task_weight: Multiplier of the loss with the labels.
 
     Raises:
-        TypeError: If a part is not what its place needs.
         ValueError: If there are fewer than two peers, or two networks share weights.
 
     Source:
@@ -83,8 +83,11 @@ class Cohort(BaseDistillation):
         self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
         if not teachers and (teacher_losses or weighting):
             raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
-        given = [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
-        given = losses_by_name(given)
+        if weighting is not None:
+            refuse_memory(weighting)
+        given = losses_by_name(
+            [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
+        )
         inside = [type(loss).__name__ for loss in given.values() if loss.changes_student]
         if inside and (self.peers.branching or batched):
             raise ValueError(
@@ -100,8 +103,7 @@ class Cohort(BaseDistillation):
             )
             for _ in (self.names if teachers else ())
         )
-        #: how peers step, as ``PeerCohort`` has it; a plain loop over ``forward`` is simultaneous
-        self.update = "simultaneous"
+        self.update = "simultaneous"  # how peers step, as ``PeerCohort`` has it
 
     @property
     def names(self) -> list[str]:
@@ -129,18 +131,19 @@ class Cohort(BaseDistillation):
 
     def peer_inputs(self, x: Tensor) -> list[Tensor]:
         """What each peer sees of images (B, C, H, W)."""
-        if self.view is None:
-            return [x] * len(self.peers)
-        if self.peers.branching:
-            return [self.view(x)] * len(self.peers)
+        if self.view is None or self.peers.branching:
+            return [x if self.view is None else self.view(x)] * len(self.peers)
         return [self.view(x) for _ in self.names]
 
+    def _same_input(self, x: Tensor) -> list[NetworkOutput]:
+        outputs: list[NetworkOutput] = self.peers([x] * len(self.peers))
+        return outputs
+
     def before_peers(self, views: Sequence[Tensor]) -> list[dict[int, NetworkOutput]]:
-        """Ask whoever is asked before the peers run, given the images (B, C, H, W) of each.
+        """Run trained teachers on the images (B, C, H, W) of each peer, none twice on the same.
 
         Returns:
-            For each peer, outputs of its trained teachers by their index; no teacher is asked twice
-            about the same images.
+            For each peer, outputs of its trained teachers by their index.
         """
         self.exchange.before_peers(views)
         asked: dict[tuple[int, int], NetworkOutput] = {}
@@ -175,28 +178,20 @@ class Cohort(BaseDistillation):
             losses["task"] = self.task_weight * self.task.mean_loss(peer, target)
         hard = self.task.hard_target(target)
         for name, loss in self.losses_of(k).items():
+            value = 0.0 * peer.logits.float().sum()
             if taught is not None:
                 value = loss.weight * loss(peer, taught, hard)
-            else:
-                value = 0.0 * peer.logits.float().sum()
             adapters = [p.sum() for p in loss.parameters()]
             if adapters:  # DDP wants a gradient of each, whoever teaches
                 value = value + 0.0 * torch.stack(adapters).sum()
             losses[name] = value
         if teachers:
-            learner = self.distillations()[k]
-            more = learner.distillation_losses(
-                peer, list(teachers.values()), tuple(teachers), target
-            )
+            outputs, asked = list(teachers.values()), tuple(teachers)
+            more = self.distillations()[k].distillation_losses(peer, outputs, asked, target)
             losses |= {f"teacher/{name}": value for name, value in more.items()}
         return {f"peer_{k}/{name}": value for name, value in losses.items()}
 
     # ------------------------------------------------------------------ sizes and layers
-
-    @property
-    def built(self) -> bool:
-        """Whether ``build`` was called."""
-        return self.peers.built
 
     def build(self, x: Tensor, num_classes: int | None = None) -> None:
         """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
@@ -209,14 +204,9 @@ class Cohort(BaseDistillation):
             layers += loss.student_layers()
             layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
         self.peers.record_layers(list(dict.fromkeys(layers)))
-        peers: list[NetworkOutput] = []
-
-        def run(images: Tensor) -> NetworkOutput:
-            peers.extend(self.peers([images] * len(self.peers)))
-            return peers[0]
-
-        dry_run("a peer", self.peers, run, x)
-        self.task.check({f"peer {k}": peer for k, peer in enumerate(peers)}, num_classes)
+        peers = dry_run("a peer", self.peers, self._same_input, x)
+        named = {f"peer {k}": peer for k, peer in enumerate(peers)}
+        self.task.check(named, num_classes=num_classes)
         self.exchange.attach(self.peers)
         self.exchange.build(peers)
         for k, peer in enumerate(peers):
@@ -224,8 +214,7 @@ class Cohort(BaseDistillation):
                 loss.build(peer, peers)
         if learners:
             teachers = self.teachers.build(learners[0].teacher_layers, x)
-            named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
-            self.task.check({"a peer": peers[0], **named})
+            self.task.check({"a peer": peers[0]}, teachers)
             for learner, peer in zip(learners, peers, strict=True):
                 learner.build_parts(peer, teachers)
         self.losses.to(x.device)
@@ -288,8 +277,7 @@ class Cohort(BaseDistillation):
 
     def output(self, x: Tensor) -> NetworkOutput:
         """The cohort's answer as log-probabilities."""
-        peers = self.peers([x] * len(self.peers))
-        return NetworkOutput(self.exchange.log_probabilities(peers))
+        return NetworkOutput(self.exchange.log_probabilities(self._same_input(x)))
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics of the cohort's answer, the watched one of each peer, agreement of each pair."""
@@ -299,7 +287,7 @@ class Cohort(BaseDistillation):
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
         """Measure every peer, the cohort's answer, and how far peers agree."""
-        peers = self.peers([x] * len(self.peers))
+        peers = self._same_input(x)
         answer = NetworkOutput(self.exchange.log_probabilities(peers))
         named = dict(zip(self.names, peers, strict=True))
         update_cohort_metrics(self.task, metrics, named, answer, target)

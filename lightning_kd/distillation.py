@@ -74,19 +74,14 @@ class Distillation(BaseDistillation):
         if losses is None:
             losses = [SoftTarget(temperature=4.0, weight=0.9)] if len(ensemble) else []
         self.task, self.task_weight = task or Classification(), task_weight
-        #: None in a cohort, whose peers run elsewhere
-        self.student = None if student is None else student.train()  # pretrained ones are in eval
+        # pretrained ones are in eval mode; a cohort gives None, since its peers run elsewhere
+        self.student = None if student is None else student.train()
         self.losses = nn.ModuleDict(losses_by_name(losses))
         self.weighting = weighting or Uniform()
         self.wants_images = self.weighting.wants_images
         self.teachers, self.depth = ensemble, depth
         if student is not None:
             ensemble.refuse_weights_of([student])
-        elif self.wants_images or type(self.weighting).observe is not Weighting.observe:
-            raise ValueError(
-                f"Expected a weighting that judges by the batch alone for the teachers of a "
-                f"cohort, such as Uniform or Confidence, got {type(self.weighting).__name__}."
-            )
         self._tap: Tap | None = None
         self._trust: tuple[Sequence[int], Tensor] | None = None
 
@@ -109,8 +104,7 @@ class Distillation(BaseDistillation):
             if teacher_logits is not None:
                 teachers = [NetworkOutput(teacher_logits[:, m]) for m in indices]
             else:
-                readers = (*self._losses(), self.weighting)
-                need_logits = any(part.reads_logits for part in readers)
+                need_logits = any(part.reads_logits for part in self._parts())
                 teachers = self.teacher_outputs(x, indices, need_logits)
             self.before_student(teachers, indices)
         student = self.student_output(x)
@@ -195,11 +189,6 @@ class Distillation(BaseDistillation):
 
     # ------------------------------------------------------------------ sizes and layers
 
-    @property
-    def built(self) -> bool:
-        """Whether ``build`` was called."""
-        return self._tap is not None
-
     def build(self, x: Tensor, num_classes: int | None = None) -> None:
         """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
         if self.built:
@@ -210,14 +199,11 @@ class Distillation(BaseDistillation):
         tap = Tap(self.student, self.student_layers())
         student = dry_run("the student", self.student, tap, x)
         teachers = self.teachers.build(self.teacher_layers, x)
-        named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
-        self.task.check({"the student": student, **named}, num_classes)
+        self.task.check({"the student": student}, teachers, num_classes)
         refuse_unknown_classes(self._losses(), teachers)
         self.weighting.active(len(self.teachers))  # a wrong number of weights is reported now
         self.build_parts(student, teachers)
-        #: the student's output in the dry run
-        self.example = student
-        self.input_shape, self._tap = tuple(x.shape[1:]), tap
+        self.example, self.input_shape, self._tap = student, tuple(x.shape[1:]), tap
         self.attach()
 
     def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
@@ -270,15 +256,11 @@ class Distillation(BaseDistillation):
         return options.get("student")
 
     def compiled_networks(self) -> list[nn.Module]:
-        """The student.
-
-        Raises:
-            ValueError: If the path through it changes at each step.
-        """
-        depth = "a student with a depth, whose path changes at each step" if self.depth else ""
-        why = depth or self.teachers.why_not_compiled
-        if why:
-            raise ValueError(why)
+        """The student; see ``BaseDistillation.compiled_networks``."""
+        if self.depth is not None:
+            raise ValueError("a student with a depth, whose path changes at each step")
+        if self.teachers.why_not_compiled:
+            raise ValueError(self.teachers.why_not_compiled)
         return super().compiled_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:

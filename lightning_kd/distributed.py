@@ -1,4 +1,4 @@
-"""What processes that train together must agree on; plain values where there is one process."""
+"""What processes that train together must agree on; plain values if there is only one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank() -> int:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, without gradient; every process must ask."""
+    """Sum of a tensor over all processes, without gradient; every process must call it."""
     if world_size() > 1:
         values = values.detach().clone()
         torch.distributed.all_reduce(values)
@@ -31,10 +31,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def mean_over_labelled(values: Tensor, target: Tensor) -> Tensor:
-    """Mean of per-sample values over labelled samples, such that gradients are right under DDP.
+    """Mean of per-sample values over labelled samples, such that gradients are correct under DDP.
 
     DDP averages gradients over processes; the count is that of all of them, so that processes with
-    few labels do not count for more.
+    few labels do not count more.
 
     Args:
         values: Shape (B,), 0 where there is no label.
@@ -50,7 +50,7 @@ def mean_over_labelled(values: Tensor, target: Tensor) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> list[Tensor]:
-    """The tensors of all processes in order, without gradient; every process must ask."""
+    """The tensors of all processes in order, without gradient; every process must call it."""
     values = values.detach().contiguous()
     if world_size() == 1:
         return [values]
@@ -60,7 +60,7 @@ def gather_over_ranks(values: Tensor) -> list[Tensor]:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average gradients over all processes, as DDP does; every process must ask."""
+    """Average gradients over all processes, as DDP does; every process must call it."""
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -77,7 +77,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 def step_alone(loss: Tensor, parameters: Iterable[nn.Parameter | Tensor], optimizer: Any) -> None:
     """One step on these parameters alone, with gradients averaged over processes.
 
-    Not by Lightning's ``manual_backward``: its DDP expects every parameter in each backward pass.
+    Not via Lightning's ``manual_backward``: its DDP expects every parameter in each backward pass.
     """
     chosen = list(parameters)
     optimizer.zero_grad()
@@ -87,7 +87,7 @@ def step_alone(loss: Tensor, parameters: Iterable[nn.Parameter | Tensor], optimi
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Anything of all processes in order, by pickle between them; every process must ask."""
+    """Objects of all processes in order, sent by pickle; every process must call it."""
     if world_size() == 1:
         return [value]
     everyone: list[Any] = [None] * world_size()
@@ -96,7 +96,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_buffers(*modules: nn.Module) -> None:
-    """Give all processes the first one's float buffers, as DDP does; every process must ask."""
+    """Give all processes the first one's float buffers, as DDP does; all must call it."""
     if world_size() == 1:
         return
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]

@@ -65,12 +65,12 @@ class NetworkOutput:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What several teachers returned for one batch, and how far each is trusted.
+    """What several teachers returned for one batch, and how much each is trusted.
 
     Args:
-        outputs: Of each teacher that ran.
+        outputs: Output of each teacher that ran.
         weights: Trust, shape (M,) or (M, B), summing to 1 over M.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
         indices: Position of each teacher that ran in the list of teachers; empty: all ran.
     """
 
@@ -80,7 +80,7 @@ class TeacherOutputs:
     indices: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        """Fill in the plain case: all teachers ran."""
+        """Fill in the default: all teachers ran."""
         if not self.indices:
             object.__setattr__(self, "indices", tuple(range(len(self.outputs))))
 
@@ -91,13 +91,13 @@ class TeacherOutputs:
         space: str = "probability",
         indices: Sequence[int] = (),
     ) -> TeacherOutputs:
-        """Teachers that are all trusted alike."""
+        """Teachers that are all trusted equally."""
         count = len(outputs)
         weights = torch.full((count,), 1 / count, device=outputs[0].logits.device)
         return cls(outputs, weights, space, indices)
 
     def log_probabilities(self, temperature: float = 1.0) -> Tensor:
-        """Weighted mean answer at a temperature as log-probabilities, shape (B, K, ...)."""
+        """Weighted mean output at a temperature, as log-probabilities, shape (B, K, ...)."""
         if len(self.outputs) == 1:  # the weights sum to 1, so there is nothing to average
             return combine_teachers(
                 self.outputs[0].logits[None], self.weights.new_ones(1), temperature, "logit"
@@ -116,6 +116,6 @@ class TeacherOutputs:
         """
         stacked = torch.stack(list(values))
         weights = self.weights.to(stacked)
-        if stacked.dim() == 1:  # of the batch: each teacher's mean trust in it
+        if stacked.dim() == 1:  # one per batch: each teacher's mean weight in it
             return (weights.flatten(1).mean(1) if weights.dim() == 2 else weights) @ stacked
         return ((weights if weights.dim() == 2 else weights[:, None]) * stacked).sum(0).mean()

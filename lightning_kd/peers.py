@@ -118,7 +118,7 @@ class Peers(nn.Module):
             return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
         assert self._trunk is not None
         shared = self._trunk(views[0])
-        features = self.branch.scaled(shared.logits)
+        features = self.branch.branch_input(shared.logits)
         answers = []
         for tap in self._taps:
             own = tap(features)

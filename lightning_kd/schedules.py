@@ -14,8 +14,8 @@ class Schedule(ABC):
 
     Args:
         start: Value at count 0.
-        end: Value from count ``duration`` on.
-        duration: Steps or epochs (the callback's ``interval`` says which), > 0.
+        end: Value from count ``duration`` onwards.
+        duration: Steps or epochs (see the callback's ``interval``), > 0.
     """
 
     def __init__(self, start: float, end: float, duration: int) -> None:
@@ -28,7 +28,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def curve(self) -> Callable[[float, float, float], float]:
-        """Give the function of (start, end, progress in [0, 1])."""
+        """Return the function of (start, end, progress in [0, 1])."""
 
 
 class Linear(Schedule):
@@ -36,7 +36,7 @@ class Linear(Schedule):
 
     Args:
         start: Value at count 0.
-        end: Value from count ``duration`` on.
+        end: Value from count ``duration`` onwards.
         duration: Steps or epochs, > 0.
     """
 
@@ -50,7 +50,7 @@ class Cosine(Schedule):
 
     Args:
         start: Value at count 0.
-        end: Value from count ``duration`` on.
+        end: Value from count ``duration`` onwards.
         duration: Steps or epochs, > 0.
     """
 
@@ -64,7 +64,7 @@ class Exponential(Schedule):
 
     Args:
         start: Value at count 0.
-        end: Value from count ``duration`` on.
+        end: Value from count ``duration`` onwards.
         duration: Steps or epochs, > 0.
     """
 
@@ -85,8 +85,8 @@ class SigmoidRampUp(Schedule):
     """The ramp of Mean Teacher and ONE: exp(-5 (1 - t)^2) of the way from ``start`` to ``end``.
 
     Args:
-        start: Value the ramp starts from (at count 0 it already stands 0.7 % of the way).
-        end: Value from count ``duration`` on.
+        start: Value the ramp starts from (at count 0 it is already 0.7 % of the way).
+        end: Value from count ``duration`` onwards.
         duration: Steps or epochs, > 0; the literature uses 80 epochs of 300.
     """
 

@@ -1,4 +1,4 @@
-"""How processes divide the work where Lightning's own strategies do not fit."""
+"""How processes divide the work if Lightning's own strategies do not fit."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lightning_kd.distributed import gather_over_ranks, world_size
 from lightning_kd.modules.checkpoint_io import last_checkpoint
 from lightning_kd.peers import Peers
 
-LOST = ("onnection", "NCCL", "ocket", "peer", "imed out", "Gloo")  # as the back ends word it
+LOST = ("onnection", "NCCL", "ocket", "peer", "imed out", "Gloo")  # as backends word it
 
 
 class PeerPerProcess(DDPStrategy):
-    """Each process trains one peer of a cohort, and sends the others only what it says.
+    """Each process trains one peer of a cohort, and sends the others only its output.
 
     All processes see the same batches. Logits are gathered, gradients are not averaged: the step
     equals the simultaneous update in one process. Checkpoints, exports and reports cover all peers;
-    the weights travel only when they are written. Choose it by name,
+    weights are sent only when these are written. Choose it by name,
     ``Trainer(strategy="peer_per_process", devices=K)`` for K peers.
 
     Args:
-        options: Of Lightning's ``DDPStrategy`` (``process_group_backend``, ``timeout``,
+        options: Those of Lightning's ``DDPStrategy`` (``process_group_backend``, ``timeout``,
             ``start_method``).
 
     Raises:
-        TypeError: If the module is no ``PeerCohort``.
+        TypeError: If the module is not a ``PeerCohort``.
         ValueError: If there are not as many processes as peers, batches differ between processes,
             or BatchNorm is to be synchronised.
 
@@ -50,7 +50,7 @@ class PeerPerProcess(DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}  # everybody sees everything
+        return {"num_replicas": 1, "rank": 0}  # every process sees every sample
 
     @property
     def _cohort(self) -> Cohort:
@@ -115,15 +115,15 @@ class PeerPerProcess(DDPStrategy):
         return super().test_step(*args, **kwargs)
 
     def _compare(self, batch: Any) -> None:
-        """Refuse batches that differ; on a GPU, where looking waits, only now and then."""
+        """Refuse batches that differ; on a GPU, where this synchronizes, check every 100th only."""
         self._looks += 1
         if self.root_device.type != "cpu" and self._looks % 100 != 1:
             return
         seen = [_fingerprint(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        mine = torch.stack(seen)
-        everyone = torch.stack(gather_over_ranks(mine))
-        if not torch.allclose(everyone, mine.expand_as(everyone), rtol=1e-6, atol=0):
-            self.barrier()  # all come here, and nobody is to end before the others know why
+        own = torch.stack(seen)
+        everyone = torch.stack(gather_over_ranks(own))
+        if not torch.allclose(everyone, own.expand_as(everyone), rtol=1e-6, atol=0):
+            self.barrier()  # all get here, and none may exit before the others raise, too
             raise ValueError(
                 "Expected all processes to see the same batch, got different ones: shuffle and "
                 "augment from a seed that is the same everywhere, as lightning_kd.data does "
@@ -140,13 +140,13 @@ class PeerPerProcess(DDPStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         state: Any = super().optimizer_state(optimizer)
-        mine = {
+        own = {
             index: _to_cpu(state["state"][index])
             for index, parameter in enumerate(_parameters(optimizer))
             if id(parameter) in self._mine() and index in state["state"]
         }
         everyone: Any = [None] * self.world_size if self.is_global_zero else None
-        torch.distributed.gather_object(mine, everyone)
+        torch.distributed.gather_object(own, everyone)
         if everyone is not None:
             state["state"] = {k: v for part in everyone for k, v in sorted(part.items())}
         return state  # type: ignore[no-any-return]
@@ -179,10 +179,10 @@ class PeerPerProcess(DDPStrategy):
 
 
 def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
-    """Run and train peer ``index`` alone, with ``count`` processes in all; None: all peers.
+    """Run and train peer ``index`` alone, with ``count`` processes in all; ``None``: all peers.
 
     Raises:
-        ValueError: If this cohort cannot be divided so.
+        ValueError: If this cohort cannot be divided this way.
     """
     if index is not None:
         layers = [n for loss in cohort.losses_of(0).values() for n in loss.teacher_layers(0)]
@@ -203,7 +203,7 @@ def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
             what = ""
         if what:
             raise ValueError(
-                f'Expected update="simultaneous" and an exchange of answers alone, such as '
+                f'Expected update="simultaneous" and an exchange of logits alone, such as '
                 f"Mutual, with one peer in each process, got {what}: use one process, or ddp."
             )
     for part in cohort.modules():
@@ -212,7 +212,7 @@ def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
 
 
 def parts_of(cohort: Cohort) -> list[list[nn.Module]]:
-    """What belongs to each peer."""
+    """The modules of each peer."""
     groups = [part for part in cohort.modules() if isinstance(part, Peers)]
     learners = cohort.distillations()
     return [

@@ -4,7 +4,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from lightning_kd import MultiTeacher
@@ -79,6 +79,15 @@ def make_trainer(tmp_path):
         return Trainer(**(defaults | options))
 
     return make
+
+
+class Frozen(Callback):
+    """Looks at the teachers after each batch of training."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        for teacher in module.teachers:
+            assert not any(part.training for part in teacher.network.modules())
+            assert not any(p.requires_grad for p in teacher.network.parameters())
 
 
 def state_of(network):

@@ -130,7 +130,7 @@ def test_a_truncated_checkpoint_is_told_and_an_older_one_offered(
     older, newer = saved
     content = newer.read_bytes()
     newer.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    message = rf"step=4.ckpt is damaged or no checkpoint .* {older} can be read\."
+    message = rf"step=4.ckpt is damaged or not a checkpoint .* {older} can be read\."
     with pytest.raises(ValueError, match=message):
         make_trainer(plugins=[DurableCheckpointIO()]).fit(
             make_module(), datamodule=digits(), ckpt_path=newer
@@ -150,7 +150,7 @@ def test_a_malicious_checkpoint_is_refused(saved, make_module, make_trainer, dig
             make_module(), datamodule=digits(), ckpt_path=newer
         )
     newer.write_bytes(pickle.dumps(Bomb(trace)))
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         make_trainer(plugins=[DurableCheckpointIO()]).fit(
             make_module(), datamodule=digits(), ckpt_path=newer
         )
@@ -160,7 +160,7 @@ def test_a_malicious_checkpoint_is_refused(saved, make_module, make_trainer, dig
 def test_the_command_line_tells_a_damaged_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ValueError, match=r"x.ckpt is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"x.ckpt is damaged or not a checkpoint"):
         main(["fit", "-c", "configs/digits/single_teacher.yaml", f"--ckpt_path={tmp_path}/x.ckpt"])
 
 
@@ -207,9 +207,9 @@ def test_a_run_that_replaces_another_leaves_none_of_its_checkpoints(tmp_path, mo
 def test_absurd_sizes_in_a_safetensors_file_are_refused(size, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", size) + b'{"a": 1}')
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors"):
         pretrained(str(path), resnet8())
     header = b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,8]}}'
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors"):
         pretrained(str(path), resnet8())

@@ -144,7 +144,7 @@ def test_resume_over_the_command_line_equals_the_uninterrupted_run(fit, tmp_path
 def test_saved_options_that_beat_the_command_line_are_told(fit, tmp_path):
     fit()
     last = next((tmp_path / "run").rglob("last.ckpt"))
-    with pytest.warns(UserWarning, match=r"model\.init_args\.task_weight = 0\.1 \(asked: 0\.7\)"):
+    with pytest.warns(UserWarning, match=r"\.task_weight = 0\.1 \(requested: 0\.7\)"):
         cli = fit("--model.task_weight=0.7", f"--ckpt_path={last}")
     assert cli.model.distillation.task_weight == 0.1
 
@@ -285,6 +285,14 @@ def test_console_script_helps_and_returns_zero():
     )
     assert module.returncode == 0
     assert "lightning-kd" in module.stdout
+
+
+def test_help_says_null_as_yaml_does_where_docstrings_say_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.help", "lightning_kd.data.Digits"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a fraction up to 1, or a count; null: all." in text
+    assert "``None``" not in text
 
 
 def test_run_returns_nothing_so_that_the_shell_sees_success(monkeypatch):

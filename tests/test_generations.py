@@ -82,16 +82,16 @@ def test_each_generation_is_taught_by_the_last_and_a_second_call_goes_on(breed, 
     assert (run / "generation_2/student.json").is_file()
     assert "Restored all states" in capfd.readouterr().err
     # other options are not taken for these, nor is a pupil of another teacher
-    with pytest.raises(FileExistsError, match="generation_1 holds a generation of other options"):
+    with pytest.raises(FileExistsError, match="generation_1 holds a generation with other options"):
         breed("--count=2", "--model.task_weight=0.3")
     weights = load_file(students[0])
     save_file(weights, students[0], {"trained": "anew"})
-    with pytest.raises(FileExistsError, match="generation_2 holds a generation of other options"):
+    with pytest.raises(FileExistsError, match="generation_2 holds a generation with other options"):
         breed("--count=2")
 
 
 def test_options_of_the_first_teachers_stay_with_them(breed, tmp_path):
-    """Options of the command line, normalisation: none of it reaches the second generation's teacher."""
+    """None of their options reaches the second generation's teacher."""
     run = tmp_path / "run"
     config = yaml.safe_load((ROOT / "configs/digits/born_again.yaml").read_text())
     config["model"]["init_args"]["teachers"][0]["init_args"] |= {"mean": [0.3], "std": [0.25]}

@@ -9,9 +9,9 @@ from typing_extensions import override
 class ChannelsLast(Callback):
     """Keep weights of all networks, teachers too, with the channels last in memory.
 
-    Convolutions hand that layout on to what follows. The same numbers up to rounding; on a CPU 1.1
-    to 1.7 times as fast for most networks, on a GPU under half precision more. Measure it: networks
-    of few channels may be slower.
+    Convolutions pass that layout on to what follows. The same numbers up to rounding; on a CPU 1.1
+    to 1.7 times as fast for most networks, on a GPU in half precision more. Measure it: networks
+    with few channels may be slower.
     """
 
     @override

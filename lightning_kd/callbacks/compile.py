@@ -16,9 +16,9 @@ class Compile(Callback):
     """``torch.compile`` for the networks of a run, each by itself, from its second step on.
 
     That step takes longer by up to a minute for each network, and so does the first validation
-    behind it. What is exported and saved are the plain networks. The teacher of ``DataFree``, whose
-    layers are measured in some passes only, stays plain, and so does what makes images. It needs a
-    C++ compiler on a CPU, and Triton on a GPU.
+    after it. The plain networks are exported and saved. The teacher of ``DataFree``, whose layers
+    are measured in some passes only, stays plain, and so does the generator. It needs a C++
+    compiler on a CPU, and Triton on a GPU.
 
     Args:
         teachers: Compile teachers.
@@ -47,7 +47,7 @@ class Compile(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # not before: hooks must all be there when a network is traced, and a plain step of each
-        # network in its own mode has seen that no layer changes in place what another part reads
+        # network in its own mode has shown that no layer changes in place what another reads
         if self._before:
             return
         rank_zero_info("Compiling the networks: this step may take minutes.")

@@ -27,7 +27,7 @@ class ExportStudent(Callback):
     every peer is written (``peer_0.safetensors`` ...), and the most accurate one as the student.
 
     Args:
-        folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
+        folder: Where to write; ``None``: the Trainer's ``default_root_dir``.
         formats: More files, for batches of any size: ``"torch"`` (``torch.export``, ``.pt2``) and
             ``"onnx"`` (needs the extra ``onnx``).
         overwrite: Replace the export of an earlier run.
@@ -103,7 +103,7 @@ class ExportStudent(Callback):
 
         network = copy.deepcopy(learner).cpu()
         network.load_state_dict(state)
-        network.float().eval()  # whoever loads the graph expects float32
+        network.float().eval()  # users of the graph expect float32
         example = (torch.zeros(2, *(module.distillation.input_shape or ())),)
         dynamic = ({0: torch.export.Dim("batch")},)
         if "torch" in self.formats:
@@ -135,7 +135,7 @@ def best_state(trainer: Trainer, module: Distiller) -> tuple[dict[str, Tensor], 
 
 
 def network_spec(config: Any, network: nn.Module) -> dict[str, Any]:
-    """How a network is built: ``class_path`` and ``init_args``, null where nobody knows."""
+    """How a network is built: ``class_path`` and ``init_args``, null if unknown."""
     if config is not None:  # from the command line
         arguments = _plain(config.get("init_args") or {})
         return {"class_path": config["class_path"], "init_args": arguments}
@@ -143,7 +143,7 @@ def network_spec(config: Any, network: nn.Module) -> dict[str, Any]:
 
 
 def _spec_of(network: nn.Module) -> dict[str, Any]:
-    """Description of a network that remembers how it was built, as those of this package do."""
+    """Description of a network that records how it was built, as those of this package do."""
     spec = getattr(network, "init_args", None)
     path = f"{type(network).__module__}.{type(network).__qualname__}"
     if spec is None:

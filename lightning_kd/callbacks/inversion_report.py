@@ -18,23 +18,23 @@ from lightning_kd.modules import Distiller
 
 
 class InversionReport(Callback):
-    """Show the images that ``DataFree`` makes, and warn when they become all the same.
+    """Show the images that ``DataFree`` makes, and warn if they become all the same.
 
-    After every epoch it logs ``inversion/class_entropy`` (of the teacher's answers to the last
+    After every epoch it logs ``inversion/class_entropy`` (of the teacher's outputs for the last
     round's images, as a share of the largest possible), ``inversion/pixel_spread`` (standard
     deviation over images, mean over pixels) and, with modulation, ``inversion/phi``; it draws
-    ``images/epoch_<n>.png``: images with the teacher's class and confidence, and what is remembered
-    (class histogram, priorities) and logged so far.
+    ``images/epoch_<n>.png``: images with the predicted class and confidence, the memory (class
+    histogram, priorities) and what was logged so far.
 
     Args:
-        folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
+        folder: Where to write; ``None``: the Trainer's ``default_root_dir``.
         every: Epochs between two pictures; 0: none, then matplotlib is not needed.
         images: How many to show.
         least_entropy: Warn below this share of the largest class entropy.
         least_spread: Warn below this spread of pixels.
 
     Raises:
-        ImportError: If pictures are asked for and matplotlib is missing.
+        ImportError: If pictures are wanted and matplotlib is missing.
         TypeError: If the module does not synthesize images, as ``DataFree`` does.
     """
 
@@ -80,15 +80,16 @@ class InversionReport(Callback):
         if synthesizer.latest is None:
             return
         images = synthesizer.latest.to(next(pl_module.student.parameters()))  # half under autocast
-        answers = pl_module.teachers[0](images).logits.float().softmax(1)
-        classes = torch.bincount(answers.argmax(1), minlength=answers.shape[1])
-        # of soft answers as of classes: a teacher that knows nothing of images answers evenly
-        entropy = min(_evenness(answers.mean(0)), _evenness(classes / len(answers)))
+        probabilities = pl_module.teachers[0](images).logits.float().softmax(1)
+        classes = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+        # of classes, too: a teacher that is unsure of every image has even probabilities
+        entropy = min(_evenness(probabilities.mean(0)), _evenness(classes / len(probabilities)))
         row = {
             "class_entropy": entropy,
             "pixel_spread": float(images.float().std(0, correction=0).mean()),
         }
-        one_hot = next((t for _, t in synthesizer.named_losses() if isinstance(t, OneHot)), None)
+        losses = [loss for _, loss in synthesizer.named_losses()]
+        one_hot = next((loss for loss in losses if isinstance(loss, OneHot)), None)
         if one_hot is not None and one_hot.phi is not None:
             row["phi"] = float(one_hot.phi.mean())
         logged = {f"inversion/{name}": value for name, value in row.items()}
@@ -98,15 +99,15 @@ class InversionReport(Callback):
             rank_zero_warn(
                 f"The images of epoch {trainer.current_epoch} are nearly all the same (class "
                 f"entropy {entropy:.2f} of 1, pixel spread {row['pixel_spread']:.3f}): the "
-                f"generator collapses. Lower its learning rate, weigh ClassBalance or BatchNormStatistics "
-                f"more, or reset it (reset_rounds)."
+                f"generator collapses. Lower its learning rate, weigh ClassBalance or "
+                f"BatchNormStatistics more, or reset it (reset_rounds)."
             )
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if self.every and (trainer.current_epoch % self.every == 0 or last):
             folder = Path(run_folder(trainer, self.folder)) / "images"
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._draw(folder / f"epoch_{trainer.current_epoch:03d}.png", images, answers)
+                self._draw(folder / f"epoch_{trainer.current_epoch:03d}.png", images, probabilities)
 
     def _draw(self, path: Path, images: Tensor, answers: Tensor) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,9 +127,9 @@ class InversionReport(Callback):
         for axes, k in zip(grid.flat, order.tolist(), strict=False):
             image = images[k].float().clamp(0, 1).movedim(0, 2).cpu()
             axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
-            confidence, seen = answers[k].max(0)
-            axes.set_title(f"{int(seen)}  {float(confidence):.2f}", fontsize=7, pad=2)
-        left.suptitle("class that the teacher sees, and how sure it is", fontsize=8)
+            confidence, predicted = answers[k].max(0)
+            axes.set_title(f"{int(predicted)}  {float(confidence):.2f}", fontsize=7, pad=2)
+        left.suptitle("the teacher's predicted class, and its confidence", fontsize=8)
         panels = right.subplots(3 if memory is not None else 1, 1, squeeze=False)[:, 0]
         for name in self.history[0]:
             if name != "epoch":
@@ -154,5 +155,5 @@ class InversionReport(Callback):
 
 
 def _evenness(shares: Tensor) -> float:
-    """Entropy of shares (K,) over its largest value: 1 where all are alike."""
+    """Entropy of shares (K,) over its largest value: 1 if all are equal."""
     return float(torch.special.entr(shares).sum() / math.log(len(shares)))

@@ -11,19 +11,19 @@ from lightning_kd.weighting import Weighting
 
 
 class LeanTeachers(Callback):
-    """Teachers at less cost: half precision, memory for one at a time, or all in one pass.
+    """Teachers at lower cost: half precision, memory for one at a time, or all in one pass.
 
     For ``MultiTeacher`` and ``PeerCohort``. Measure what helps (``benchmarks/lean_teachers.py``);
     where images repeat, ``TeacherCache`` of the data module saves more than all of this.
 
     Args:
-        dtype: ``bfloat16`` or ``float16``: cast teachers to it, but for BatchNorm; their answers
+        dtype: ``bfloat16`` or ``float16``: cast teachers to it, except BatchNorm; their outputs
             stay float32, and change in the third digit. On a CPU with bfloat16 instructions
-            (avx512_bf16) about twice as fast. ``null``: leave them.
-        offload: Keep teachers in the memory of the CPU, and bring each to the GPU for the time of
-            its answer: there is room for the largest at a time, not for all.
-        batched: Run teachers of one architecture as one network with a dimension more: faster for
-            many tiny ones, slower where one fills the device. With ``MultiTeacher`` alone.
+            (avx512_bf16) about twice as fast. ``None``: leave them.
+        offload: Keep teachers in CPU memory, and move each to the GPU for its forward pass only:
+            there need only be room for the largest.
+        batched: Run teachers of one architecture as one network with one more dimension: faster for
+            many tiny ones, slower if one fills the device. With ``MultiTeacher`` only.
 
     Raises:
         ValueError: If options exclude each other, or something in the module reaches into teachers.
@@ -45,7 +45,7 @@ class LeanTeachers(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Distiller) or not len(pl_module.teachers):
             raise ValueError(
-                f"Expected a module with teachers with {self._named}, got "
+                f"Expected a module with teachers for {self._named}, got "
                 f"{type(pl_module).__name__}: leave it out."
             )
         why = pl_module.teachers.why_not_whole
@@ -61,7 +61,7 @@ class LeanTeachers(Callback):
             ) or (isinstance(part, Weighting) and part.wants_images)
             if reaches:
                 raise ValueError(
-                    f"Expected losses and weightings that read answers with {self._named}, got "
+                    f"Expected losses and weightings that read outputs with {self._named}, got "
                     f"{type(part).__name__}, which reaches into the networks: leave one of them "
                     f"out."
                 )
@@ -70,7 +70,7 @@ class LeanTeachers(Callback):
                 f"Expected precision 32-true, bf16-mixed or 16-mixed with {self._named}, got "
                 f"{trainer.precision}, which casts teachers, too: leave dtype out."
             )
-        rank_zero_info(f"Teachers at less cost: {self._named}")
+        rank_zero_info(f"Teachers at lower cost: {self._named}")
         if not self.batched:
             dtype = getattr(torch, self.dtype) if self.dtype else None
             for teacher in pl_module.teachers:

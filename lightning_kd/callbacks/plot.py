@@ -10,7 +10,7 @@ from lightning_kd.atomic_files import written_atomically
 
 
 def plot_report(report: dict[str, Any], path: Path) -> bool:
-    """Draw loss terms and accuracies by epoch.
+    """Draw losses and accuracies by epoch.
 
     Args:
         report: What ``report.json`` holds.
@@ -39,8 +39,8 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
     if any(key == "val/loss" for row in history for key in row):
         losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
-    losses.set(xlabel="epoch", ylabel="weighted loss", title="Terms of the loss")
-    # a term that is maximised is negative
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="Losses")
+    # a loss that is maximised is negative
     signed = any(v < 0 for row in history for k, v in row.items() if k.startswith("train/"))
     losses.set_yscale("symlog", linthresh=0.01) if signed else losses.set_yscale("log")
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": "small"}

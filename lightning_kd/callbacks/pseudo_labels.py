@@ -16,19 +16,19 @@ from lightning_kd.data.pseudo_labels import NAME
 
 
 class PseudoLabels(Callback):
-    """Writes what a network says of each training image, for ``PseudoLabelled`` to read.
+    """Writes a network's output for each training image, for ``PseudoLabelled`` to read.
 
-    Belongs to ``lightning-kd predict`` with a data module of this package whose ``predict_split``
+    For ``lightning-kd predict`` with a data module of this package whose ``predict_split``
     is ``train``. Each process writes one file, ``pseudo_labels_0.safetensors`` and so on; the
-    files name the images they are about, so that no others can be labelled with them.
+    files identify their images, so that no others can be labelled with them.
 
     Args:
-        folder: Where to write; ``null``: the run's folder.
+        folder: Where to write; ``None``: the run's folder.
         overwrite: Replace the files of an earlier run.
 
     Raises:
         ValueError: If the data is not as above.
-        FileExistsError: If another run's files lie there.
+        FileExistsError: If another run's files are there.
     """
 
     def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
@@ -37,7 +37,7 @@ class PseudoLabels(Callback):
         self._run = ""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the files may be written."""
+        """Check that the files may be written."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         split = getattr(data, "predict_split", None)
         if split != "train":
@@ -58,10 +58,10 @@ class PseudoLabels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the probabilities; on a GPU nobody waits for them yet."""
+        """Keep the probabilities, without waiting for a GPU."""
         if outputs.dim() != 2:
             raise ValueError(
-                f"Expected one answer an image, probabilities (B, K), got shape "
+                f"Expected one output per image, probabilities (B, K), got shape "
                 f"{tuple(outputs.shape)}: PseudoLabels is for classification."
             )
         self._said.append(outputs.detach())
@@ -70,12 +70,12 @@ class PseudoLabels(Callback):
         """Write this process's file."""
         order = trainer.predict_dataloaders.sampler  # type: ignore[union-attr]
         indices = [chosen for chosen, _ in order.batches()][: len(self._said)]
-        said, self._said = self._said, []
+        outputs, self._said = self._said, []
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         tensors = {
             "indices": torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64),
-            "probabilities": torch.cat(said).float().cpu() if said else torch.zeros(0, 0),
+            "probabilities": torch.cat(outputs).float().cpu() if outputs else torch.zeros(0, 0),
         }
         facts = {
             "fingerprint": trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]

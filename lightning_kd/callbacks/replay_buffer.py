@@ -20,19 +20,19 @@ ROWS = ("images", "logits", "priorities")
 
 
 class ReplayBuffer(Callback):
-    """Remembers the images that ``DataFree`` makes; the module says when, this says which.
+    """Remembers the images that ``DataFree`` makes, and draws the student's batches from them.
 
-    A ring of bytes on the module's device, with the teacher's answers, a priority and a count of
+    A ring of bytes on the module's device, with the teacher's logits, priorities and counts of
     classes. Of several processes each keeps its share of the capacity; a checkpoint holds all of
-    it, and any number of processes goes on with it.
+    it, and any number of processes can resume from it.
 
     Args:
-        capacity: Images that are kept, of all processes together (the "data scale"); ``null``: all
+        capacity: Images that are kept, of all processes together (the "data scale"); ``None``: all
             that were ever made.
-        sampler: How the student's batches are drawn; ``null``: ``Uniform``.
-        evict: Who goes when it is full: ``"oldest"`` or ``"lowest_priority"``.
-        refresh: Before each round ask the student about every image and renew all priorities; else
-            an image's priority is renewed when it is drawn.
+        sampler: How the student's batches are drawn; ``None``: ``Uniform``.
+        evict: What to drop when it is full: ``"oldest"`` or ``"lowest_priority"``.
+        refresh: Before each round run the student on every image and update all priorities; else
+            an image's priority is updated when it is drawn.
 
     Raises:
         ValueError: If ``capacity`` is not positive or ``evict`` is neither.
@@ -70,7 +70,7 @@ class ReplayBuffer(Callback):
         return self._here.sample(count, random)
 
     def update_priorities(self, batch: ReplayBatch, divergences: Tensor) -> None:
-        """Renew the priorities of what was drawn, from divergences (B,)."""
+        """Update the priorities of the images drawn, from divergences (B,)."""
         self._here.update_priorities(batch, divergences)
 
     def class_share(self) -> Tensor:
@@ -94,8 +94,8 @@ class ReplayBuffer(Callback):
         assert pl_module.num_classes is not None
         self._batch_size = int(getattr(pl_module, "batch_size", 256))
         if self.memory is not None and self._saved is None and self._owner() is pl_module:
-            return  # a second fit goes on with what the first has made
-        self._owner = weakref.ref(pl_module)  # of another module's images another teacher spoke
+            return  # a second fit continues with what the first made
+        self._owner = weakref.ref(pl_module)  # another module's logits are another teacher's
         capacity = None if self.capacity is None else self.capacity // world_size()
         self.memory = Memory(
             capacity, self.sampler, self.evict, pl_module.num_classes, pl_module.device
@@ -106,15 +106,15 @@ class ReplayBuffer(Callback):
         places = torch.split(torch.arange(sum(sizes)), sizes)
         positions = self._saved["positions"]
         if len(sizes) == world_size():  # as it was
-            mine, position = places[rank], positions[rank]
+            own, position = places[rank], positions[rank]
         else:  # the oldest of all processes first, dealt out in turn
             aged = [p.roll(-k) for p, k in zip(places, positions, strict=True)]
             age = torch.cat([torch.arange(size) for size in sizes])
             order = torch.cat(aged)[age.argsort(stable=True)]
             if capacity is not None:  # it may not divide by the number of processes
                 order = order[-capacity * world_size() :]
-            mine, position = order[rank :: world_size()], 0
-        rows = {name: self._saved[name][mine] for name in ROWS}
+            own, position = order[rank :: world_size()], 0
+        rows = {name: self._saved[name][own] for name in ROWS}
         self.memory.load_state_dict({**rows, "position": position})
         self._saved = None
 
@@ -128,7 +128,7 @@ class ReplayBuffer(Callback):
         core, student = pl_module.distillation, pl_module.student
         assert isinstance(core, Distillation)
         student.eval()
-        broadcast_buffers(student)  # all processes judge alike
+        broadcast_buffers(student)  # the same network in all processes
         like = next(student.parameters())
 
         def distance(images: Tensor, logits: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class ReplayBuffer(Callback):
         if self.memory is None:
             return self._saved or {}
         state = self.memory.state_dict()
-        mine = {n: v.cpu().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
-        shards = gather_objects(mine)
+        own = {n: v.cpu().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
+        shards = gather_objects(own)
         return {
             **{name: torch.cat([shard[name] for shard in shards]) for name in ROWS},
             "sizes": [len(shard["images"]) for shard in shards],

@@ -21,7 +21,7 @@ from lightning_kd.modules import Distiller
 
 
 class DistillationReport(Callback):
-    """End a run with ``report.json`` and ``report.png`` and print who knows how much.
+    """Write ``report.json`` and ``report.png`` at the end of a run, and print a summary.
 
     Keys: ``student`` (``name``, ``accuracy``, ``ece``, ``parameters``, ``flops`` of one image,
     ``latency_ms`` of one image on the device), ``teachers`` (a list of the same),
@@ -36,7 +36,7 @@ class DistillationReport(Callback):
     ``ModelCheckpoint`` calls best (which ``ExportStudent`` exports), else of the last.
 
     Args:
-        folder: Where to write; ``null``: the Trainer's ``default_root_dir``.
+        folder: Where to write; ``None``: the Trainer's ``default_root_dir``.
         plot: Draw ``report.png`` (needs the extra ``plot``).
         overwrite: Replace the report of an earlier run.
 
@@ -98,7 +98,7 @@ class DistillationReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # the module knows the layout of its batch; slicing here would not
+        # only the module knows the layout of its batch
         assert isinstance(pl_module, Distiller)
         copies: int = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         self.samples += pl_module.loss_tracker.samples * copies
@@ -116,7 +116,7 @@ class DistillationReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
         assert isinstance(pl_module, Distiller)
-        pl_module.loss_tracker.log(pl_module)  # an epoch that ended early has not yet
+        pl_module.loss_tracker.log(pl_module)  # an epoch that ended early has not logged yet
         row = _row(trainer)
         if not self._validated:  # then Lightning still has the values of an earlier epoch
             row = {k: v for k, v in row.items() if not k.startswith("val/")}
@@ -233,7 +233,7 @@ class DistillationReport(Callback):
 
 
 def _row(trainer: Trainer) -> dict[str, float]:
-    """What was logged last; NaN (of no labelled image, say) was not measured and is no JSON."""
+    """What was logged last, without NaN (no labelled image, say), which is not valid JSON."""
     row = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return {k: v for k, v in row.items() if not math.isnan(v)}
 
@@ -245,7 +245,7 @@ def _config(folder: Path) -> str | None:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A small table of accuracy and cost, one line a network."""
+    """A small table of accuracy and cost, one line per network."""
 
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:5.1f} %"

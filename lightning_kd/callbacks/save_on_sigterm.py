@@ -11,14 +11,14 @@ from lightning_kd.modules.checkpoint_io import last_checkpoint
 
 
 class SaveOnSigterm(Callback):
-    """Save ``last.ckpt`` when a scheduler ends a run, as of the end of the batch that SIGTERM cut.
+    """Save ``last.ckpt`` when a scheduler ends a run (SIGTERM), as of the end of that batch.
 
     The command line adds it to every run; in Python give ``Trainer(callbacks=[SaveOnSigterm()])``.
 
-    Not during validation, from whose middle a run cannot go on as it was: the last checkpoint
-    before stands then. Not after other exceptions, Ctrl-C among them, which may leave a step half
-    done. Gradients that were accumulated for a step to come are lost. Of several processes,
-    Lightning listens to the first: send the signal to that one.
+    Not during validation, in the middle of which a run cannot be resumed exactly: the last
+    checkpoint then stands. Not after other exceptions, Ctrl-C among them, which may leave a step
+    half done. Gradients accumulated for the next step are lost. Of several processes, Lightning
+    listens to the first: send the signal to that one.
     """
 
     @override
@@ -36,9 +36,9 @@ class SaveOnSigterm(Callback):
             rank_zero_info(f"Ended by SIGTERM outside of training.{_stands(trainer)}")
             return
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
-        rank_zero_info(f"Ended by SIGTERM. To go on, add --ckpt_path={folder / 'last.ckpt'}")
+        rank_zero_info(f"Ended by SIGTERM. To resume, add --ckpt_path={folder / 'last.ckpt'}")
 
 
 def _stands(trainer: Trainer) -> str:
     found = last_checkpoint(trainer)
-    return f"{found} To go on, add it as --ckpt_path." if found else " There is no checkpoint yet."
+    return f"{found} To resume, add it as --ckpt_path." if found else " There is no checkpoint yet."

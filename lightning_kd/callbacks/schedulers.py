@@ -12,13 +12,13 @@ from lightning_kd.schedules import Schedule
 
 
 class AttributeScheduler(Callback):
-    """Set a number inside the module by a schedule; counts for itself.
+    """Set a number inside the module by a schedule, with a count of its own.
 
     ``trainer.global_step`` counts the steps of every optimizer, so this keeps its own count of
     batches or epochs, in the checkpoint.
 
     Args:
-        target: Dotted path from the module to the number, ``losses.soft_target.temperature``; of
+        target: Dotted path from the module to the number, ``losses.soft_target.temperature``; in
             a cohort that is the loss of every peer.
         schedule: Value by count.
         interval: ``"epoch"`` or ``"step"`` (a training batch): what is counted.
@@ -37,7 +37,7 @@ class AttributeScheduler(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """One key a target, so that two schedulers never share a state."""
+        """One key per target, so that two schedulers never share a state."""
         return f"{type(self).__name__}[{self.target}]"
 
     @override
@@ -52,11 +52,11 @@ class AttributeScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        mine = self._resolve(pl_module)
+        own = self._resolve(pl_module)
         same = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(other, AttributeScheduler) and other._resolve(pl_module) == mine
+            if isinstance(other, AttributeScheduler) and other._resolve(pl_module) == own
         ]
         if len(same) > 1:
             raise ValueError(f"Expected one scheduler of {self.target}, got {len(same)}.")
@@ -70,7 +70,7 @@ class AttributeScheduler(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run resumed inside an epoch did not pass on_train_epoch_start
+        # a run resumed inside an epoch skips on_train_epoch_start
         if self.interval == "step" or batch_idx == 0 or trainer.fit_loop.restarted_mid_epoch:
             self._set(pl_module)
 
@@ -100,7 +100,7 @@ class AttributeScheduler(Callback):
         pl_module.log(f"schedule/{self.target}", value, batch_size=1)
 
     def _resolve(self, pl_module: LightningModule) -> tuple[list[Any], str]:
-        """Owners and name of the number; a list on the way (of a cohort's peers) means all of it.
+        """Owners and name of the number; a list in the path (of a cohort's peers) means all of it.
 
         Raises:
             ValueError: If the path does not lead to a number.

@@ -44,7 +44,7 @@ class SaveRunConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder when ``fit`` starts, and guard that folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: only ``on_fit_start`` knows whether a run is resumed."""
+        """Do nothing yet: whether a run is resumed is known only in ``on_fit_start``."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds another run; else write the configuration."""
@@ -56,12 +56,12 @@ class SaveRunConfig(SaveConfigCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite and trainer.ckpt_path is None:
                 for old in (path.parent / "checkpoints").glob("*.ckpt"):
-                    old.unlink()  # else a run that breaks off would seem to have left them
+                    old.unlink()  # else a run that fails early would seem to have left them
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 class DistillationCLI(LightningCLI):
-    """LightningCLI that knows the data's classes and channels and closes jsonargparse's traps."""
+    """LightningCLI that fills in the data's classes and channels, and avoids jsonargparse traps."""
 
     given: list[str]
 
@@ -82,18 +82,18 @@ class DistillationCLI(LightningCLI):
             if re.match(r"--[\w.]+\.\d+\.", arg):
                 parser.error(
                     f"Expected options by name, got the index of a list in {arg}: write losses as "
-                    f"a mapping of names in the file (losses: {{kd: ...}}; --model.losses.kd.weight "
-                    f"2), or change the file."
+                    f"a mapping of names in the file (losses: {{kd: ...}}), then give "
+                    f"--model.losses.kd.weight 2; edit other lists in the file."
                 )
         super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what the data knows, undo leaks, let ``--overwrite`` reach who writes files."""
+        """Fill in the data's properties, reset leaked options, and note ``--overwrite``."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         undone = drop_leaked(config, self.given)
         if undone:
             rank_zero_info(
-                f"Options of a class that was replaced are back at their defaults: "
+                f"Options of a class that was replaced were reset to their defaults: "
                 f"{', '.join(undone)}."
             )
         if config.get("data") is not None:
@@ -102,7 +102,7 @@ class DistillationCLI(LightningCLI):
         self.save_config_kwargs["overwrite"] = bool(config.get("overwrite"))
 
     def before_fit(self) -> None:
-        """Pass ``--overwrite`` on to the callbacks, and see that there is room for results."""
+        """Pass ``--overwrite`` on to the callbacks, and check that results can be written."""
         root = str(self.trainer.default_root_dir)
         if not self.trainer.fast_dev_run and "://" not in root:  # type: ignore[attr-defined]
             refuse_unwritable(Path(root))
@@ -123,10 +123,10 @@ class DistillationCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Say so when the options saved in a checkpoint replace those of the command line."""
+        """Warn if the options saved in a checkpoint replace those of the command line."""
         subcommand = self.config.get("subcommand")
         self._refuse_missing(self.config[subcommand].get("ckpt_path") if subcommand else None)
-        asked = self.config.clone()
+        requested = self.config.clone()
         try:
             super()._parse_ckpt_path()
         except UNREADABLE as error:
@@ -134,7 +134,7 @@ class DistillationCLI(LightningCLI):
             raise ValueError(unreadable(path, error)) from error
         if not subcommand:
             return
-        before, after = asked[subcommand].get("model"), self.config[subcommand].get("model")
+        before, after = requested[subcommand].get("model"), self.config[subcommand].get("model")
         if before is None or after is None:
             return
         old, new = dict(flatten(before)), dict(flatten(after))
@@ -142,7 +142,7 @@ class DistillationCLI(LightningCLI):
             k for k in old if old[k] is not None and k in new and old[k] != new[k]
         )  # what is null was filled in from the data when the checkpoint was made
         if changed:
-            listed = ", ".join(f"{k} = {new[k]} (asked: {old[k]})" for k in changed[:8])
+            listed = ", ".join(f"{k} = {new[k]} (requested: {old[k]})" for k in changed[:8])
             rank_zero_warn(
                 f"The checkpoint's own options replace those of the command line: {listed}. To "
                 f"change options, start a new run from the weights "
@@ -178,15 +178,15 @@ def flatten(config: Any, prefix: str = "model") -> Iterator[tuple[str, Any]]:
 
 
 def quieten() -> None:
-    """Hide warnings about Lightning's own insides, which no user can act on."""
+    """Hide warnings about Lightning's internals, which no user can act on."""
     for message in (
         # Lightning's own use of a torch function that newer versions of torch renamed
         r".*isinstance\(treespec, LeafSpec\).*",
-        # the CSV logger is what we want where tensorboard is not installed
+        # the CSV logger is what we want if tensorboard is not installed
         r".*`tensorboardX` has been removed.*",
         # loaders of this package hold their data in memory and need no workers
         r".*is smaller than the logging interval.*",
-        # a run that is resumed finds its own
+        # a resumed run finds its own
         r".*Checkpoint directory .* exists and is not empty.*",
         r"Total length of `list` across ranks is zero.*",
         # we call it from Python on purpose
@@ -196,13 +196,13 @@ def quieten() -> None:
 
 
 def main(args: ArgsType = None, run: bool = True) -> LightningCLI | None:
-    """Run ``lightning-kd``; ``args`` as on the command line, or a dict of it.
+    """Run ``lightning-kd``; ``args`` as on the command line, or as a dict.
 
     With ``run=False`` nothing is run and ``args`` name no subcommand: only model, data and trainer
-    are built, for a notebook, say.
+    are built, for example in a notebook.
 
     Returns:
-        The command line object, whose ``model``, ``trainer`` and ``datamodule`` live on; None of
+        The command line object, with its ``model``, ``trainer`` and ``datamodule``; ``None`` for
         ``lightning-kd generations``, which runs several.
     """
     quieten()
@@ -224,19 +224,19 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI | None:
         parser_class=Parser,
         parser_kwargs={
             "prog": "lightning-kd",
-            "description": "Knowledge distillation by Lightning's Trainer. Also: lightning-kd "
-            "generations, networks that teach each other one after the other (--help).",
+            "description": "Knowledge distillation with Lightning's Trainer. Also: lightning-kd "
+            "generations, a series of networks, each taught by the one before (--help).",
         },
         args=args,
     )
 
 
 def run() -> None:
-    """Console entry point: ``main``, with mistakes that this package names told in one sentence."""
+    """Console entry point: ``main``, with this package's own errors reported in one sentence."""
     try:
         main()
     except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # as shells have it
+        sys.exit(128 + signal.SIGTERM)  # as shells do
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         home = Path(__file__).parents[1]
         cause: BaseException | None = error  # jsonargparse wraps what constructors raise
@@ -245,7 +245,7 @@ def run() -> None:
             if Path(raised_in).is_relative_to(home):
                 sys.exit(f"lightning-kd: {cause}")
             cause = cause.__cause__ or cause.__context__
-        raise  # a fault of somebody's code needs its traceback
+        raise  # a bug in other code needs its traceback
     finally:
         if torch.distributed.is_initialized():  # else its threads may abort the process at its end
             torch.distributed.destroy_process_group()

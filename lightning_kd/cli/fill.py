@@ -19,7 +19,7 @@ def import_path(path: str) -> Callable[..., Any]:
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters of a function or class by name, with those that ``**options`` hand on to bases."""
+    """Parameters of a function or class by name, with those that ``**options`` passes to bases."""
     kinds = target.__mro__ if inspect.isclass(target) else (target,)
     found: dict[str, inspect.Parameter] = {}
     for kind in kinds:
@@ -33,7 +33,7 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def keep_checkpoints_together(trainer: Namespace) -> None:
     """Put checkpoints without a folder into that of the run.
 
-    Lightning's place for them changes when a run is resumed, and then the best one is forgotten.
+    Lightning's default changes when a run is resumed, and then the best one is forgotten.
     """
     root = trainer.get("default_root_dir")
     if root is None:
@@ -49,7 +49,7 @@ def fill_in(model: Namespace, data: Namespace) -> None:
     """Fill in ``num_classes``, ``in_channels`` and ``image_shape`` of networks from the data.
 
     LightningCLI's links cannot do it: jsonargparse refuses a link to the arguments of a function,
-    which is what most networks are named by.
+    which is how most networks are specified.
     """
     kind = import_path(data["class_path"])
     for wrapper, inner in ((Rounds, "measure"), (PseudoLabelled, "data")):
@@ -60,7 +60,7 @@ def fill_in(model: Namespace, data: Namespace) -> None:
             return
     if not (inspect.isclass(kind) and issubclass(kind, ImageData)):
         return
-    # folders are only listed where the classes are not known beforehand
+    # folders are only listed if the classes are not known beforehand
     options = vars(data["init_args"]) if data.get("init_args") else {}
     fixed = hasattr(kind, "num_classes") and not options.get("classes")
     source = kind if fixed else kind(**options)

@@ -22,11 +22,11 @@ Run = Callable[[list[str]], Any]
 def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
     """Train a network, then another that it teaches, and so on (born-again networks).
 
-    Each generation is one ``lightning-kd fit`` in a process and a folder of its own. What is
-    finished is not trained again, and what was interrupted goes on.
+    Each generation is one ``lightning-kd fit`` in a process and a folder of its own. Finished ones
+    are not trained again, and an interrupted one is resumed.
 
     Args:
-        args: Of the command line, after ``generations``.
+        args: Those of the command line after ``generations``.
         run: Takes arguments of ``lightning-kd``, returns the command line object.
 
     Returns:
@@ -34,7 +34,7 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: If the configuration has no teacher, or does not export its student.
-        FileExistsError: If a folder holds a generation of other options.
+        FileExistsError: If a folder holds a generation trained with other options.
         ChildProcessError: If a generation's training failed.
 
     Source:
@@ -48,7 +48,7 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
         epilog="All other options are those of `lightning-kd fit`. The first generation learns "
         "from the configuration's own teachers. Generations are in the folders generation_1, "
         "generation_2 ... of trainer.default_root_dir, each with a seed of its own; a second call "
-        "goes on where the first one stopped.",
+        "continues where the first one stopped.",
     )
     parser.add_argument("--count", type=int, default=3, help="Generations (default: 3).")
     parser.add_argument(
@@ -96,20 +96,20 @@ def generations(args: Sequence[str], run: Run) -> list[dict[str, Any]]:
 def _generation(
     config: dict[str, Any], number: int, folder: Path, teacher: str, found: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The configuration of one generation: complete, so that nothing of another is mixed in."""
-    mine = copy.deepcopy(config)
-    mine["trainer"]["default_root_dir"] = str(folder)
-    if type(mine["seed_everything"]) is int:  # not true, which draws one
-        mine["seed_everything"] += number
+    """The full configuration of one generation, so that nothing leaks in from another."""
+    own = copy.deepcopy(config)
+    own["trainer"]["default_root_dir"] = str(folder)
+    if type(own["seed_everything"]) is int:  # not true, which draws one
+        own["seed_everything"] += number
     if found:
         checkpoint = found[-1]["student"]
-        # its hash, so that a generation is not taken for the pupil of a teacher trained anew
+        # with its hash, so that a generation is trained again if its teacher was
         last = _network(checkpoint, hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest())
-        mine["model"]["init_args"][teacher] = [last] if teacher == "teachers" else last
-    cache = (mine.get("data") or {}).get("init_args", {}).get("teacher_cache")
-    if cache:  # other teachers, other answers
+        own["model"]["init_args"][teacher] = [last] if teacher == "teachers" else last
+    cache = (own.get("data") or {}).get("init_args", {}).get("teacher_cache")
+    if cache:  # other teachers, other outputs
         cache["init_args"]["folder"] += f"/generation_{number}"
-    return mine
+    return own
 
 
 def _look_for_export(config: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _look_for_export(config: dict[str, Any]) -> None:
 
 
 def _configuration(args: list[str], run: Run) -> dict[str, Any]:
-    """What ``fit`` would be configured by."""
+    """The configuration that ``fit`` would use."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stdout(text):
@@ -149,7 +149,7 @@ def _network(checkpoint: str, sha256: str | None = None) -> dict[str, Any]:
 
 
 def _train(config: dict[str, Any], folder: Path) -> None:
-    """Train one generation, or go on with it, unless it is finished.
+    """Train one generation, or resume it, unless it is finished.
 
     Raises:
         FileExistsError: If it was trained with other options.
@@ -160,32 +160,32 @@ def _train(config: dict[str, Any], folder: Path) -> None:
     if before is not None and not again:
         if before != config:
             raise FileExistsError(
-                f"{folder} holds a generation of other options, or of another teacher: choose "
-                f"another folder (--trainer.default_root_dir), or train it anew (--overwrite true)."
+                f"{folder} holds a generation with other options, or another teacher: choose "
+                f"another folder (--trainer.default_root_dir), or replace it (--overwrite true)."
             )
         if (folder / "student.json").is_file():  # written last
             print(f"{folder} is finished.")
             return
     write_atomically(path, yaml.safe_dump(config, sort_keys=False).encode())
     last = folder / "checkpoints" / "last.ckpt"
-    # a folder without a checkpoint is a run that broke off before its first
+    # a folder without a checkpoint is a run that failed before its first
     how = f"--ckpt_path={last}" if last.is_file() and not again else "--overwrite=true"
     command = [sys.executable, "-m", "lightning_kd", "fit", "-c", str(path), how]
     try:
         code = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:
-        sys.exit(f"Stopped in {folder}: the same command goes on there.")
+        sys.exit(f"Stopped in {folder}: the same command resumes it.")
     if code:
         raise ChildProcessError(
             f"Training in {folder} failed (see above); the generations before it are kept, and "
-            f"the same command goes on here."
+            f"the same command continues here."
         )
 
 
 def _measure(
     config: dict[str, Any], networks: list[dict[str, Any]], path: Path, run: Run
 ) -> float | None:
-    """Validation accuracy of networks together, by a configuration that is left at ``path``."""
+    """Validation accuracy of an ensemble of networks; its configuration stays at ``path``."""
     averaged = {
         "class_path": "lightning_kd.models.Averaged",
         "init_args": {"networks": networks},

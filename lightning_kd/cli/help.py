@@ -11,14 +11,14 @@ SHOWN = 12
 
 
 class ShortHelp(DefaultHelpFormatter):
-    """Help that does not list every ``nn.Module`` there is (1,500 lines for one option)."""
+    """Help in terms of YAML, without every ``nn.Module`` there is (1,500 lines for one option)."""
 
     def _expand_help(self, action: Action) -> str:
         def shorten(match: re.Match[str]) -> str:
             names = match[1].split(", ")
             return match[0] if len(names) <= SHOWN else ", any of them by class_path)"
 
-        text = super()._expand_help(action)
+        text = super()._expand_help(action).replace("``None``", "null")
         return re.sub(r", known subclasses: ([^()]*)\)", shorten, text)
 
 

@@ -1,4 +1,4 @@
-"""What the command line says on top of configuration files, where jsonargparse falls short."""
+"""Options of the command line that override files, where jsonargparse falls short."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ def config_files(args: Sequence[str]) -> list[Path]:
 
 
 def drop_leaked(config: Any, args: Sequence[str]) -> list[str]:
-    """Undo options that an earlier class left in the class which replaced it.
+    """Undo options that leaked from a class into the class that replaced it.
 
-    Where a file says SGD with weight decay and the command line says Adam, jsonargparse hands SGD's
-    weight decay to Adam (its issue 460). An option of the new class that nobody gave gets the new
-    class's default back.
+    If a file names SGD with weight decay and the command line names Adam, jsonargparse passes SGD's
+    weight decay to Adam (its issue 460). An option of the new class that was not given is reset to
+    the new class's default.
 
     Args:
         config: Parsed configuration of one subcommand; changed in place.
         args: The command line.
 
     Returns:
-        Dotted names of the options that were put back.
+        Dotted names of the options that were reset.
     """
-    spoken = " ".join(args)
+    command_line = " ".join(args)
     undone = []
     stacked = [yaml.safe_load(file.read_text()) or {} for file in config_files(args)]
     for number, earlier in enumerate(stacked):
-        # what later files say themselves is meant as much as what the command line says
-        said = spoken + " ".join(json.dumps(later, default=str) for later in stacked[number + 1 :])
+        # options in later files count as given, as much as those of the command line
+        later = " ".join(json.dumps(file, default=str) for file in stacked[number + 1 :])
+        given = command_line + later
         for name, old, new in _pairs(earlier, config, ""):
             kept = old.get("init_args") or {}
             options = new.get("init_args")
@@ -55,7 +56,7 @@ def drop_leaked(config: Any, args: Sequence[str]) -> list[str]:
             defaults = parameters_of(import_path(new["class_path"]))
             for key in [k for k in kept if k in options and options[k] == kept[k]]:
                 default = defaults[key].default if key in defaults else inspect.Parameter.empty
-                if default is inspect.Parameter.empty or re.search(rf"\b{key}\b", said):
+                if default is inspect.Parameter.empty or re.search(rf"\b{key}\b", given):
                     continue
                 if options[key] != default:
                     options[key] = default

@@ -20,31 +20,31 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class ImageData(LightningDataModule):
-    """Images held in memory as one uint8 tensor; batches are cut from it, without workers.
+    """Images held in memory as one uint8 tensor; batches are sliced from it, without workers.
 
     Batches reach the module as (images in [0, 1], labels), shape (B, C, H, W) and (B,); -1 means
     "unlabelled". Shuffle and augmentation depend on (seed, epoch, step) alone, so a resumed run
-    goes on as if it had never stopped. A subclass gives ``load``, ``num_classes`` and
+    continues as if it had never stopped. A subclass defines ``load``, ``num_classes`` and
     ``image_shape``.
 
     Args:
-        root: Folder of the data; ``null``: the variable LIGHTNING_KD_DATA, else ``data``.
-        batch_size: Images a batch and process.
+        root: Folder of the data; ``None``: the variable LIGHTNING_KD_DATA, else ``data``.
+        batch_size: Images per batch and process.
         val_split: Held out of the training images for validation: a fraction below 1, or a count.
-        subset: Use so many training images only: a fraction up to 1, or a count; ``null``: all.
+        subset: Use only this many training images: a fraction up to 1, or a count; ``None``: all.
         labelled_fraction: Share of each class whose labels are kept; the others become -1.
         keep_unlabelled: Keep images without a label in training; a baseline leaves them out.
-        crop_padding: Random crops after padding by so many pixels; 0: none.
+        crop_padding: Random crops after padding by this many pixels; 0: none.
         flip: Random horizontal flips.
-        drop_last: Leave out a last training batch that is not full.
+        drop_last: Drop a last training batch that is not full.
         download: Fetch the data if it is not there.
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
-        classes: Keep these classes only, renumbered in this order, for an expert of some classes
-            (``lightning_kd.Teacher`` then takes the same list); ``null``: all.
-        predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
-            and as they are (for ``PseudoLabels``).
-        teacher_cache: Ask the teachers of ``MultiTeacher`` once about each training image and
-            view; ``null``: at each step.
+        classes: Keep these classes only, renumbered in this order, for an expert on some classes
+            (``lightning_kd.Teacher`` then takes the same list); ``None``: all.
+        predict_split: Images that ``predict`` runs on: ``"test"``, or ``"train"``, in order and
+            without augmentation (for ``PseudoLabels``).
+        teacher_cache: Run the teachers of ``MultiTeacher`` once for each training image and
+            view; ``None``: at each step.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -107,7 +107,7 @@ class ImageData(LightningDataModule):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Read and split what ``stage`` needs; later calls find it there."""
+        """Read and split what ``stage`` needs; later calls reuse it."""
         predicted = "fit" if self.predict_split == "train" else "test"
         part = predicted if stage == "predict" else stage
         if part in ("fit", "validate") and self._train is None:
@@ -137,21 +137,21 @@ class ImageData(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Scale to [0, 1] and augment, on the device and for the whole batch at once."""
         images, labels, *bits = batch
-        said = bits[1:]
+        cached = bits[1:]
         if bits and (self.crop_padding or self.flip):
             draws = bits[0].view(torch.float32)
             images = crop_and_flip(images, draws, self.crop_padding, self.flip)
         images = images.float().div_(255)
-        if self.trainer is not None:  # Lightning converted the batch while it still was integers
+        if self.trainer is not None:  # Lightning converted the batch while it was still integers
             images = self.trainer.precision_plugin.convert_input(images)
-        return images, labels, *said
+        return images, labels, *cached
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of the shuffle, so that a resumed run keeps the order."""
         return {"shuffle_seed": self.shuffle_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seed of the run that is resumed."""
+        """Restore the seed of the run that is resumed."""
         self.shuffle_seed = state_dict["shuffle_seed"]
 
     # ------------------------------------------------------------------ parts
@@ -171,7 +171,7 @@ class ImageData(LightningDataModule):
         return found.hexdigest()
 
     def content(self, images: Any) -> bytes:
-        """What tells images from others, for ``fingerprint``."""
+        """Bytes that identify the images, for ``fingerprint``."""
         found: bytes = images.numpy().tobytes()
         return found
 
@@ -214,7 +214,7 @@ class ImageData(LightningDataModule):
         )
 
     def _seen_by_teachers(self, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        """Draws of this epoch's view of these images, and what teachers said of it."""
+        """Draws of this epoch's view of these images, and cached teacher outputs for it."""
         cache = self.teacher_cache
         assert cache is not None
         view = epoch % cache.views

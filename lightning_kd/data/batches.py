@@ -12,22 +12,22 @@ NUM_DRAWS = 3
 
 
 def as_bits(values: Tensor) -> Tensor:
-    """The same memory as whole numbers, which Lightning does not round to a run's precision."""
+    """The same memory as integers, which Lightning does not round to a run's precision."""
     return values.view({2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
 class Order:
-    """Which samples come in which batch, from (seed, epoch) alone, so that a resumed run agrees.
+    """Which samples are in which batch, from (seed, epoch) alone, so that a resumed run agrees.
 
     All ranks walk through one global order; rank r takes its slice of each global batch, so that N
     ranks see what one rank with N times the batch size sees.
 
     Args:
         length: Number of samples.
-        batch_size: Samples a batch and rank.
+        batch_size: Samples per batch and rank.
         shuffle: A new order each epoch; else sample i comes i-th.
-        seed: Gives the seed when an epoch starts (it may be restored from a checkpoint until then).
-        drop_last: Leave out a last batch that is not full.
+        seed: Returns the seed as an epoch starts (a checkpoint may restore it until then).
+        drop_last: Drop a last batch that is not full.
         rank: Of this process.
         world_size: Number of processes.
     """
@@ -69,27 +69,27 @@ class Order:
         for step in range(start, len(self)):
             chunk = order[step * total : (step + 1) * total]
             if not self.shuffle:
-                mine = slice(self.rank, None, self.world_size)
+                own = slice(self.rank, None, self.world_size)
             else:
                 size = len(chunk) // self.world_size
-                mine = slice(self.rank * size, (self.rank + 1) * size)
+                own = slice(self.rank * size, (self.rank + 1) * size)
             draws = torch.rand(len(chunk), NUM_DRAWS, generator=seeded(seed, self.epoch, step))
-            yield chunk[mine], draws[mine]
+            yield chunk[own], draws[own]
 
 
 class Batches:
-    """A loader over an order: batches of one tensor, or of whatever ``fetch`` gives.
+    """A loader over an order: batches of one tensor, or of whatever ``fetch`` yields.
 
-    It restarts in the middle of an epoch where a checkpoint left it.
+    It resumes in the middle of an epoch where a checkpoint left it.
 
     Args:
         order: Which samples come when.
         fetch: Turns an iterator of index tensors into one of (images, labels).
         train: Add the random draws for augmentation to each batch, as bits.
-        beside: Instead of those draws, what to add, given indices (B,) and the epoch.
+        beside: Instead of those draws, returns what to add, given indices (B,) and the epoch.
     """
 
-    batch_sampler = None  # Lightning reads it beside `sampler`
+    batch_sampler = None  # Lightning reads it alongside `sampler`
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Batches:
                 yield (*batch, as_bits(draws)) if self.train else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and number of batches that were handed out in it."""
+        """Epoch and number of batches yielded in it so far."""
         return {"epoch": self.sampler.epoch, "position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue behind that batch, if the next epoch to run is that one."""
+        """Continue after that batch, if that epoch is the next to run."""
         self._resume = (state_dict["epoch"], state_dict["position"])

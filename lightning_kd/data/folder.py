@@ -37,33 +37,32 @@ class _Files:
 
 
 class ImageFolder(ImageData):
-    """Your own images: ``root/train`` and, if you like, ``root/test``.
+    """Your own images: ``root/train`` and, optionally, ``root/test``.
 
-    Below each, one folder a class; images that lie there directly have no label (-1). All are
-    scaled and centre-cropped to one square size, by worker processes, since they need not fit in
-    memory.
+    In each, one folder per class; images directly in it have no label (-1). All are scaled and
+    centre-cropped to one square size, by worker processes, since they need not fit in memory.
 
     Args:
-        root: Folder that holds ``train`` and ``test``; ``null``: the variable LIGHTNING_KD_DATA,
+        root: Folder that holds ``train`` and ``test``; ``None``: the variable LIGHTNING_KD_DATA,
             else ``data``.
         image_size: Side of the images in pixels.
         channels: 3 (colour) or 1 (grey).
         num_workers: Processes that read files.
-        class_names: Classes in the order of their labels; ``null``: the folders of ``train``,
-            sorted. Needed where no image has a label.
-        batch_size: Images a batch and process.
+        class_names: Classes in the order of their labels; ``None``: the folders of ``train``,
+            sorted. Needed if no image has a label.
+        batch_size: Images per batch and process.
         val_split: Held out of the training images for validation: a fraction below 1, or a count.
-        subset: Use so many training images only: a fraction up to 1, or a count; ``null``: all.
+        subset: Use only this many training images: a fraction up to 1, or a count; ``None``: all.
         labelled_fraction: Share of each class whose labels are kept; the others become -1.
         keep_unlabelled: Keep images without a label in training; a baseline leaves them out.
-        crop_padding: Random crops after padding by so many pixels; 0: none.
+        crop_padding: Random crops after padding by this many pixels; 0: none.
         flip: Random horizontal flips.
-        drop_last: Leave out a last training batch that is not full.
+        drop_last: Drop a last training batch that is not full.
         split_seed: Chooses validation images, subset and labelled images; not the run's seed.
-        predict_split: Which images ``predict`` is asked about: ``"test"``, or ``"train"``, in order
-            and as they are (for ``PseudoLabels``).
-        teacher_cache: Ask the teachers of ``MultiTeacher`` once about each training image and
-            view; ``null``: at each step.
+        predict_split: Images that ``predict`` runs on: ``"test"``, or ``"train"``, in order and
+            without augmentation (for ``PseudoLabels``).
+        teacher_cache: Run the teachers of ``MultiTeacher`` once for each training image and
+            view; ``None``: at each step.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -116,7 +115,7 @@ class ImageFolder(ImageData):
             class_names = sorted(p.name for p in folder.iterdir() if p.is_dir())
             if not class_names:
                 raise ValueError(
-                    f"Expected one folder a class in {folder}, found none. If your images have no "
+                    f"Expected one folder per class in {folder}, found none. If the images have no "
                     f"labels, name the teacher's classes: --data.class_names."
                 )
         self.class_names = class_names
@@ -152,7 +151,7 @@ class ImageFolder(ImageData):
     def fetch(self, source: Any, plan: Iterator[Tensor]) -> Iterator[Labelled]:
         """Yield (images, labels), read by worker processes."""
         paths, labels = source
-        files: Any = _Files(paths, labels, self.image_shape)  # as much of a Dataset as is asked for
+        files: Any = _Files(paths, labels, self.image_shape)  # as much of a Dataset as is needed
         loader = DataLoader(
             files,
             batch_sampler=[indices.tolist() for indices in plan],

@@ -17,23 +17,23 @@ from lightning_kd.utils.seeds import seeded
 
 
 class PseudoLabelled(LightningDataModule):
-    """Labelled images, and unlabelled ones with what a teacher has said of them.
+    """Labelled images, and unlabelled ones with pseudo-labels from a teacher.
 
-    The last step of data distillation: ``PseudoLabels`` has written the labels, any module learns
-    from them as from labels. Each batch has a fixed share of both; an epoch is one pass over the
-    images with pseudo-labels, the labelled ones start anew as often as needed. Batches reach the
+    The last step of data distillation: ``PseudoLabels`` has written the labels, and any module
+    learns from them as from true ones. Each batch has a fixed share of both; an epoch is one pass
+    over the pseudo-labelled images, the labelled ones repeat as often as needed. Batches reach the
     module as (images, labels), labels (B,), or (B, K) if they are soft.
 
     Args:
         data: Images, of which some have no label (``labelled_fraction``).
         folder: Where ``PseudoLabels`` wrote its files.
-        labels: ``"hard"``: the likeliest class of those images that the teacher is surest about, as
-            many of each class as among the labelled images, the others are left out; ``"soft"``:
-            probabilities of all images.
-        share: How much of each batch are pseudo-labelled images, in (0, 1).
+        labels: ``"hard"``: the most probable class of the most confident images, in the class
+            proportions of the labelled images, the others are left out; ``"soft"``: probabilities
+            of all images.
+        share: Share of pseudo-labelled images in each batch, in (0, 1).
 
     Raises:
-        ValueError: If ``labels`` or ``share`` is something else.
+        ValueError: If ``labels`` or ``share`` is invalid.
 
     Source:
         Radosavovic et al. 2018, https://arxiv.org/abs/1712.04440, sections 3.3 and 3.4 (hard
@@ -71,11 +71,11 @@ class PseudoLabelled(LightningDataModule):
 
     def _labelled(self) -> Tensor:
         _, known = self.data.training
-        said = read_pseudo_labels(self.folder, self.data.fingerprint())
-        if said.shape[1] != self.num_classes:
+        probabilities = read_pseudo_labels(self.folder, self.data.fingerprint())
+        if probabilities.shape[1] != self.num_classes:
             raise ValueError(
                 f"Expected pseudo-labels of {self.num_classes} classes in {self.folder}, got "
-                f"{said.shape[1]}."
+                f"{probabilities.shape[1]}."
             )
         hidden = known < 0
         if hidden.all() or not hidden.any():
@@ -85,9 +85,9 @@ class PseudoLabelled(LightningDataModule):
             )
         one_hot = F.one_hot(known.clamp(min=0), self.num_classes).float()
         if self.labels == "soft":
-            return torch.where(hidden[:, None], said, one_hot)
+            return torch.where(hidden[:, None], probabilities, one_hot)
         found = known.clone()
-        found[hidden] = balanced_labels(said[hidden], one_hot[~hidden].sum(0))
+        found[hidden] = balanced_labels(probabilities[hidden], one_hot[~hidden].sum(0))
         return found
 
     def train_dataloader(self) -> Batches:
@@ -116,7 +116,7 @@ class PseudoLabelled(LightningDataModule):
         return self.data.test_dataloader()
 
     def predict_dataloader(self) -> Any:
-        """As the images' data module says."""
+        """As in the images' data module."""
         return self.data.predict_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -128,26 +128,26 @@ class PseudoLabelled(LightningDataModule):
         return self.data.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seed of the run that is resumed."""
+        """Restore the seed of the run that is resumed."""
         self.data.load_state_dict(state_dict)
 
 
 class TwoKinds(Order):
-    """Batches that have a fixed number of samples of two kinds each.
+    """Batches that have a fixed number of samples of each of two kinds.
 
-    An epoch is one pass over the second kind; the first starts anew, shuffled, as often as needed.
+    An epoch is one pass over the second kind; the first repeats, reshuffled, as often as needed.
 
     Args:
         first: Indices of the first kind.
         second: Indices of the second kind.
-        batch_size: Samples a batch and rank.
+        batch_size: Samples per batch and rank.
         share: Of the second kind in each batch.
-        seed: Gives the seed when an epoch starts.
+        seed: Returns the seed when an epoch starts.
         rank: Of this process.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If a batch has no place for one kind, or there are too few of the second.
+        ValueError: If a batch has no room for one kind, or there are too few of the second.
     """
 
     def __init__(
@@ -184,9 +184,9 @@ class TwoKinds(Order):
             for number in range(rounds)
         ]
         stream = self.first[torch.cat(again)]
-        mine = slice(self.rank * self.others, (self.rank + 1) * self.others)
+        own = slice(self.rank * self.others, (self.rank + 1) * self.others)
         for step, (places, draws) in enumerate(super().batches(start), start):
-            chosen = stream[step * step_size : (step + 1) * step_size][mine]
+            chosen = stream[step * step_size : (step + 1) * step_size][own]
             random = seeded(seed, self.epoch, step, 2)
-            more = torch.rand(step_size, NUM_DRAWS, generator=random)[mine]
+            more = torch.rand(step_size, NUM_DRAWS, generator=random)[own]
             yield torch.cat([chosen, self.second[places]]), torch.cat([more, draws])

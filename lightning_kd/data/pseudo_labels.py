@@ -14,11 +14,11 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
     """Read the files of one run of ``PseudoLabels``.
 
     Args:
-        folder: That holds them.
-        fingerprint: Of the images that are to be labelled.
+        folder: Where they are.
+        fingerprint: Of the images to be labelled.
 
     Returns:
-        Probabilities of every image, shape (N, K).
+        Class probabilities of every image, shape (N, K).
 
     Raises:
         FileNotFoundError: If there are none, or not all.
@@ -48,9 +48,11 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
                 )  # fmt: skip
             files, count, run = int(facts["files"]), int(facts["images"]), run or facts["run"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no file of pseudo-labels, or damaged: {error}") from error
+            raise ValueError(
+                f"{path} is damaged or not a file of pseudo-labels: {error}"
+            ) from error
         if facts["run"] != run:
-            raise ValueError(f"{path} is of another run than {first.name}: {advice}")
+            raise ValueError(f"{path} comes from another run than {first.name}: {advice}")
         if facts["fingerprint"] != fingerprint:
             raise ValueError(
                 f"{path} is about other images than these: give the data the root, split_seed, "

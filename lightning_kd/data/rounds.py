@@ -11,14 +11,14 @@ from lightning_kd.data.base import ImageData
 
 
 class Rounds(LightningDataModule):
-    """Training without data: so many rounds an epoch; real images only to measure.
+    """Training without data: a number of rounds per epoch; real images only to measure.
 
     Args:
-        rounds: Rounds an epoch, of every process.
-        measure: Data whose validation and test images show what the student knows; they are never
-            trained on. ``null``: nothing is measured.
-        num_classes: Of the teacher, where there is no ``measure``.
-        image_shape: (C, H, W) that the teacher takes, where there is no ``measure``.
+        rounds: Rounds per epoch, in every process.
+        measure: Data whose validation and test images the student is measured on; they are never
+            trained on. ``None``: nothing is measured.
+        num_classes: Of the teacher, if there is no ``measure``.
+        image_shape: (C, H, W) that the teacher takes, if there is no ``measure``.
 
     Raises:
         ValueError: If neither ``measure`` nor both others are given.
@@ -51,18 +51,18 @@ class Rounds(LightningDataModule):
         self.image_shape = tuple(shape)
 
     def prepare_data(self) -> None:
-        """Fetch what is measured on."""
+        """Fetch the images to measure on."""
         if self.measure is not None:
             self.measure.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Read what is measured on."""
+        """Read the images to measure on."""
         if self.measure is not None:
             self.measure.trainer = self.trainer
             self.measure.setup(stage)
 
     def train_dataloader(self) -> Any:
-        """Numbers of rounds; every process makes all of them."""
+        """Numbers of the rounds; every process runs all of them."""
         numbers: Any = range(self.rounds)
         # else Lightning would give each process its share
         all_of_them: Any = DistributedSampler(numbers, num_replicas=1, rank=0, shuffle=False)

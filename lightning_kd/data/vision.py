@@ -9,12 +9,12 @@ from lightning_kd.data.base import ImageData, Labelled
 
 
 class _Torchvision(ImageData):
-    """A data set that torchvision knows and that fits in memory."""
+    """A torchvision data set that fits in memory."""
 
     dataset: type[Any]
 
     def prepare_data(self) -> None:
-        """Download, once a machine; Lightning calls this on one process only."""
+        """Download, once per machine; Lightning calls this on one process only."""
         if self.download:
             self._open(True)
             self._open(False)

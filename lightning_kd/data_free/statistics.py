@@ -11,7 +11,7 @@ from lightning_kd.functional import channel_statistics
 
 
 class InputStatistics:
-    """Measures what a network's BatchNorm layers are given, while asked to and at no other time.
+    """Measures the inputs of a network's BatchNorm layers, inside its context managers only.
 
     Args:
         network: Any network; layers without running statistics are left out.
@@ -30,9 +30,10 @@ class InputStatistics:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """Inside, one forward pass fills the list with each layer's mean, variance and theirs.
+        """Inside, one forward pass fills the list with each layer's statistics, new and running.
 
-        Mean and (biased) variance over all but the channels, in float32 at least, each (C,).
+        Mean and (biased) variance of its input over all but the channels, in float32 at least, and
+        its running mean and variance, each (C,).
         """
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
@@ -48,7 +49,7 @@ class InputStatistics:
 
     @contextlib.contextmanager
     def described(self) -> Iterator[list[Tensor]]:
-        """Inside, one forward pass fills the list with what each layer is given, image by image.
+        """Inside, one forward pass fills the list with each layer's input, image by image.
 
         Means over all but samples and channels, in float32 at least, each (B, C).
         """

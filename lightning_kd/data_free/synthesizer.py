@@ -21,20 +21,20 @@ from lightning_kd.outputs import NetworkOutput
 
 
 class ImageSynthesizer(nn.Module):
-    """Makes images that a teacher knows something about: the first half of a data-free round.
+    """Makes images that a teacher recognizes: the first half of a data-free round.
 
     Args:
         generator: Makes the images.
-        image_losses: What images are to be like, each with its weight: a list, or a mapping of
+        image_losses: What images should be like, each with its weight: a list, or a mapping of
             names.
-        targets: What the teacher is to see in them; ``None``: ``RandomLabels``.
-        images: How many are made a round.
-        steps: Steps of the generator a round.
-        crop_padding: Random crops after padding by so many pixels, of all images; 0: none.
+        targets: What the teacher is meant to predict for them; ``None``: ``RandomLabels``.
+        images: Images per round.
+        steps: Steps of the generator per round.
+        crop_padding: Random crops of all images after padding by this many pixels; 0: none.
         flip: Random horizontal flips, likewise.
 
     Raises:
-        TypeError: If a part is not what its place needs.
+        TypeError: If a part is of the wrong type.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ImageSynthesizer(nn.Module):
         self.latest: Tensor | None = None
 
     def build(self, distillation: Distillation, x: Tensor) -> None:
-        """Look at the teacher, and size what must be sized by images (B, C, H, W).
+        """Inspect the teacher, and size what depends on the images (B, C, H, W).
 
         Raises:
             ValueError: If the teacher does not know all classes.
@@ -76,13 +76,17 @@ class ImageSynthesizer(nn.Module):
         teacher = distillation.teachers[0]
         if teacher.classes is not None:
             raise ValueError(
-                "Expected a teacher that knows all classes, got one that knows some only: images "
-                "of the others cannot be made. Give its network itself and a student of as many "
+                "Expected a teacher that knows all classes, got one that knows only some: images "
+                "of the others cannot be made. Give its network itself and a student with as many "
                 "classes."
             )
         self._statistics = InputStatistics(teacher.network)
         self.targets.attach(teacher.network)
-        readers = [n for n, t in self.named_losses() if t.reads_statistics or t.reads_descriptions]
+        readers = [
+            name
+            for name, loss in self.named_losses()
+            if loss.reads_statistics or loss.reads_descriptions
+        ]
         if readers and not self._statistics.layers:
             warnings.warn(
                 f"The teacher has no BatchNorm layers with statistics, so {', '.join(readers)} is "
@@ -107,7 +111,7 @@ class ImageSynthesizer(nn.Module):
             yield name, loss
 
     def make_optimizers(self) -> dict[str, Optimizer]:
-        """Optimizers of the generator and of what image losses learn, where they have one."""
+        """Optimizers of the generator and of the image losses' own parameters, if any."""
         groups = [
             {"params": learned, "lr": loss.learning_rate}
             for _, loss in self.named_losses()
@@ -132,14 +136,14 @@ class ImageSynthesizer(nn.Module):
 
         Args:
             distillation: Student and teacher.
-            optimizers: Of ``make_optimizers``.
+            optimizers: Those of ``make_optimizers``.
             num_classes: K.
-            class_share: Share of each class in the memory, (K,); None without one.
-            student_waits: Whether the student does not learn yet: losses that wait for it rest.
-            random: Of this round.
+            class_share: Share of each class in the memory, (K,); ``None`` without one.
+            student_waits: Whether the student is not training yet: losses that wait for it rest.
+            random: Random numbers of this round.
 
         Returns:
-            Images (B, C, H, W) of the least loss, and the last step's losses by name.
+            Images (B, C, H, W) with the lowest loss, and the last step's losses by name.
         """
         assert distillation.input_shape is not None
         self.generator.start_round(self.images, distillation.input_shape, random)
@@ -156,10 +160,10 @@ class ImageSynthesizer(nn.Module):
             )
             loss = torch.stack(list(losses.values())).sum() if losses else None
             now = images.detach()
-            if loss is None:  # nobody judges noise
+            if loss is None:  # noise, without image losses
                 best = now
                 continue
-            # on the device: asking which is better would wait for it
+            # on the device, since a comparison in Python would wait for it
             best = now if step == 0 else torch.where(loss < least, now, best)
             least = loss.detach() if step == 0 else torch.minimum(loss.detach(), least)
             if loss_optimizer is not None and loss.requires_grad:
@@ -175,7 +179,7 @@ class ImageSynthesizer(nn.Module):
 
     @torch.no_grad()
     def after_round(self, distillation: Distillation, images: Tensor) -> None:
-        """Let image losses see the images of a round that are kept, (B, C, H, W)."""
+        """Pass the images of a round that are kept, (B, C, H, W), to the image losses."""
         for _, loss in self.named_losses():
             loss.after_round(images, lambda other: self._describe(distillation, other))
 
@@ -189,8 +193,10 @@ class ImageSynthesizer(nn.Module):
         random: torch.Generator,
     ) -> dict[str, Tensor]:
         """Weighted image losses by name, for images (B, C, H, W) with gradient."""
-        asked = {n: t for n, t in self.named_losses() if not (student_waits and t.waits)}
-        if not asked:
+        active = {
+            name: loss for name, loss in self.named_losses() if not (student_waits and loss.waits)
+        }
+        if not active:
             return {}
         if images.shape[1:] != distillation.input_shape:
             raise ValueError(
@@ -200,28 +206,28 @@ class ImageSynthesizer(nn.Module):
             )
         images = self.augment(images, random)
         assert self._statistics is not None
-        found: Any = Unread("statistics", "reads_statistics")
-        parts: list[Tensor] = []
+        statistics: Any = Unread("statistics", "reads_statistics")
+        descriptions: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            if any(loss.reads_statistics for loss in asked.values()):
-                found = stack.enter_context(self._statistics.measured())
-            if any(loss.reads_descriptions for loss in asked.values()):
-                parts = stack.enter_context(self._statistics.described())
+            if any(loss.reads_statistics for loss in active.values()):
+                statistics = stack.enter_context(self._statistics.measured())
+            if any(loss.reads_descriptions for loss in active.values()):
+                descriptions = stack.enter_context(self._statistics.described())
             teacher: NetworkOutput = distillation.teachers[0](images)
         student: Any = Unread("student", "reads_student")
-        if any(loss.reads_student for loss in asked.values()):
+        if any(loss.reads_student for loss in active.values()):
             student = distillation.student_output(images)
         if target is None:
             target = teacher.logits.detach().argmax(1)
         inputs = ImageLossInputs(
-            images, target, teacher, student, found, class_share,
-            torch.cat(parts, 1) if parts else None,
+            images, target, teacher, student, statistics, class_share,
+            torch.cat(descriptions, 1) if descriptions else None,
             lambda other: self._describe(distillation, other), random,
         )  # fmt: skip
-        return {name: loss.weight * _scalar(name, loss, inputs) for name, loss in asked.items()}
+        return {name: loss.weight * _scalar(name, loss, inputs) for name, loss in active.items()}
 
     def augment(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Random crops and flips of images (B, C, H, W), differentiable; themselves if unasked."""
+        """Random crops and flips of images (B, C, H, W), differentiable; unchanged if unset."""
         if not (self.crop_padding or self.flip):
             return images
         draws = torch.rand(len(images), 3, generator=random, device=images.device)
@@ -245,16 +251,16 @@ def _scalar(name: str, loss: ImageLoss, inputs: ImageLossInputs) -> Tensor:
     if inputs.images.requires_grad and not value.requires_grad:
         raise ValueError(
             f"Expected an image loss that depends on the images, but no gradient reaches them from "
-            f"{name}: compute it from inputs.images, inputs.teacher or what else it reads."
+            f"{name}: compute it from inputs.images, inputs.teacher or whatever else it reads."
         )
     return value
 
 
 def synthesizer_of(module: nn.Module, who: str) -> ImageSynthesizer:
-    """Whatever makes a module's images.
+    """The part of a module that makes its images.
 
     Raises:
-        TypeError: If it makes none; ``who`` needs them.
+        TypeError: If there is none; ``who`` needs it.
     """
     synthesizer = getattr(module, "synthesizer", None)
     if not isinstance(synthesizer, ImageSynthesizer):

@@ -12,18 +12,18 @@ from lightning_kd.utils.seeds import drawn_globally
 
 
 class Targets(ABC):
-    """What the teacher is to see in the images of a round."""
+    """What the teacher is meant to predict for the images of a round."""
 
     def attach(self, teacher: nn.Module) -> None:  # noqa: B027
-        """Look at the teacher's weights; called once, before training."""
+        """Inspect the teacher's weights; called once, before training."""
 
     @abstractmethod
     def sample(self, count: int, num_classes: int, random: torch.Generator) -> Tensor | None:
-        """Labels (B,) or probabilities (B, K); None: what it sees by itself."""
+        """Labels (B,) or probabilities (B, K); ``None``: what it predicts anyway."""
 
 
 class RandomLabels(Targets):
-    """Every class with the same probability, each image its own."""
+    """A class for each image, drawn with equal probabilities."""
 
     def sample(self, count: int, num_classes: int, random: torch.Generator) -> Tensor:
         """See ``Targets``."""
@@ -31,7 +31,7 @@ class RandomLabels(Targets):
 
 
 class TeacherLabels(Targets):
-    """The class that the teacher sees, of which it is to be surer (DAFL)."""
+    """The class that the teacher predicts, to make it more confident (DAFL)."""
 
     def sample(self, count: int, num_classes: int, random: torch.Generator) -> None:
         """See ``Targets``."""
@@ -39,22 +39,22 @@ class TeacherLabels(Targets):
 
 
 class SoftTransferTargets(Targets):
-    r"""Soft targets drawn from a model of what a layer of the teacher says.
+    r"""Soft targets drawn from a model of the output of a layer of the teacher.
 
     .. math:: f = \mu + \sigma \hat W \epsilon, \quad \epsilon \sim N(0, I), \quad
         y = \mathrm{softmax}(rest(f))
 
     :math:`\hat W` has the layer's weights with rows of length 1, so that units with similar weights
-    say similar things: the covariance is :math:`\sigma^2` times the cosines of the rows.
+    have similar outputs: the covariance is :math:`\sigma^2` times the cosines of the rows.
 
     Args:
         layer: Dotted name of a linear layer of the teacher: the classifier, or one before it.
         rest: Dotted names of the layers that follow it, in order.
         sigma: Standard deviation of each unit, > 0; 1.5 to 2 as published.
-        mean: Of every unit.
+        mean: Mean of each unit.
 
     Raises:
-        ValueError: If ``sigma`` is not positive, or the layer not linear.
+        ValueError: If ``sigma`` is not positive, or the layer is not linear.
 
     Source:
         Wang 2021, "Data-free knowledge distillation with soft targeted transfer set synthesis",
@@ -81,24 +81,24 @@ class SoftTransferTargets(Targets):
         assert self._layer is not None
         rows = F.normalize(self._layer.weight.float(), dim=1)
         noise = torch.randn(count, rows.shape[1], generator=random, device=random.device)
-        said = self.mean + self.sigma * noise @ rows.T
+        output = self.mean + self.sigma * noise @ rows.T
         for layer in self._rest:
-            said = layer(said)
-        return said.softmax(1)
+            output = layer(output)
+        return output.softmax(1)
 
 
 class DirichletTargets(Targets):
-    """Soft targets that are alike where classes are alike (zero-shot distillation).
+    """Soft targets that are similar if their classes are (zero-shot distillation).
 
     Each image gets a class, and its target is drawn from a Dirichlet distribution whose parameters
     are the class's similarities to all classes: cosines of the classifier's rows, scaled to [0, 1].
 
     Args:
         layer: Dotted name of the teacher's linear classifier.
-        scales: Multipliers of the similarities, one drawn for each image; large: even targets.
+        scales: Multipliers of the similarities, one drawn per image; large ones give even targets.
 
     Raises:
-        ValueError: If a scale is not positive, or the layer not linear.
+        ValueError: If a scale is not positive, or the layer is not linear.
 
     Source:
         Nayak et al. 2019 (ZSKD), https://arxiv.org/abs/1905.08114, section 3.2. Differs from the

@@ -1,4 +1,4 @@
-"""Who teaches whom inside a cohort."""
+"""Who teaches whom within a cohort."""
 
 from lightning_kd.exchange.adversarial import Adversarial
 from lightning_kd.exchange.attention import Attention

@@ -14,20 +14,20 @@ from lightning_kd.utils.checks import check_positive
 
 
 class Adversarial(Mutual):
-    r"""Peers learn from each other's logits, and to make feature maps like the next one's (AFD).
+    r"""Peers match each other's logits and, in a game, each other's feature maps (AFD).
 
-    In a ring, peer k's maps are to be taken for those of peer k - 1 by a discriminator:
+    In a ring, a discriminator is to mistake peer k's maps for those of peer k - 1:
 
     .. math:: L_{D_k} = (1 - D_k(G_{k-1}))^2 + D_k(T_k G_k)^2, \quad L_{G_k} = (1 - D_k(T_k G_k))^2
 
-    with a transfer layer T to the other's shape. Needs ``PeerCohort(update="alternating")``: on one
-    batch peers step on their logits, then on :math:`L_G` by a slower optimizer of its own, then
-    the discriminators step. With several layers it is AMLN's block-wise learning.
+    with a transfer layer T to the other's shape. Needs ``PeerCohort(update="alternating")``: on
+    each batch, peers step on their logits, then on :math:`L_G` with a slower optimizer of its own,
+    then the discriminators step. With several layers it is AMLN's block-wise learning.
 
     Args:
-        layer: Dotted name of every peer's feature layer, or several of them.
-        learning_rate: Of the two Adam optimizers of the game, > 0; much smaller than the peers'.
-        space: ``"probability"`` or ``"logit"``: where the others' answers are averaged.
+        layer: Dotted name of every peer's feature layer, or several names.
+        learning_rate: Of both Adam optimizers of the game, > 0; much lower than the peers'.
+        space: ``"probability"`` or ``"logit"``: the space in which other peers are averaged.
 
     Source:
         Chung et al. 2020 (AFD), https://arxiv.org/abs/2002.01775, equations 3 to 8; Zhang et al.
@@ -55,20 +55,20 @@ class Adversarial(Mutual):
         """Make a transfer layer and a discriminator for each peer and layer.
 
         Raises:
-            ValueError: If a layer does not give maps.
+            ValueError: If a layer does not output maps.
         """
         super().build(peers)
         if self.discriminators:
             return
         for k, name in self._places(len(peers)):
-            mine, theirs = peers[k].feature(name).shape, peers[k - 1].feature(name).shape
-            if len(mine) != 4 or len(theirs) != 4:
+            own, other = peers[k].feature(name).shape, peers[k - 1].feature(name).shape
+            if len(own) != 4 or len(other) != 4:
                 raise ValueError(
-                    f"Expected layer {name!r} to give maps (B, C, H, W), got shapes "
-                    f"{tuple(mine)} and {tuple(theirs)}: choose a convolutional layer."
+                    f"Expected layer {name!r} to output maps (B, C, H, W), got shapes "
+                    f"{tuple(own)} and {tuple(other)}: choose a convolutional layer."
                 )
-            self.transfers.append(Projection(mine, theirs))
-            width = theirs[1]
+            self.transfers.append(Projection(own, other))
+            width = other[1]
             self.discriminators.append(
                 nn.Sequential(
                     nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2),
@@ -81,7 +81,7 @@ class Adversarial(Mutual):
         return [(k, name) for k in range(count) for name in self.names]
 
     def adversarial_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
-        """What peers and transfer layers minimise in the game, a scalar by name."""
+        """Losses of peers and transfer layers in the game, scalars by name."""
         values = [
             _square(1 - self.discriminators[i](self.transfers[i](peers[k].feature(name))))
             for i, (k, name) in enumerate(self._places(len(peers)))
@@ -89,14 +89,15 @@ class Adversarial(Mutual):
         return {"adversarial": torch.stack(values).sum()}
 
     def discriminator_losses(self, peers: Sequence[NetworkOutput]) -> dict[str, Tensor]:
-        """What the discriminators minimise, a scalar by name; gradient to them alone."""
+        """Losses of the discriminators, scalars by name; gradient reaches them alone."""
         outputs = detached(peers)
         values = []
         for i, (k, name) in enumerate(self._places(len(peers))):
             with torch.no_grad():
                 fake = self.transfers[i](outputs[k].feature(name))
-            judge = self.discriminators[i]
-            values.append(_square(1 - judge(outputs[k - 1].feature(name))) + _square(judge(fake)))
+            discriminator = self.discriminators[i]
+            real = outputs[k - 1].feature(name)
+            values.append(_square(1 - discriminator(real)) + _square(discriminator(fake)))
         return {"discriminator": torch.stack(values).sum()}
 
 

@@ -11,25 +11,25 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Attention(Exchange):
-    r"""Diverse peers and a group leader (OKDDip): peers attend to peers, the leader to their mean.
+    r"""Peers that attend to each other, and a leader that is taught by their mean (OKDDip).
 
     .. math:: z_a^* = \sum_b \alpha_{ab} z_b, \quad \alpha_{a \cdot} =
         \mathrm{softmax}_b \langle L h_a, E h_b \rangle, \quad
         z_{leader}^* = \frac{1}{K - 1} \sum_b z_b
 
-    The last network is the leader, which is kept. The logits inside a target are detached, the
-    attention is not: it learns through the losses of the peers.
+    The last network is the leader, which is kept. The logits inside an ensemble are detached, the
+    attention is not: it is trained through the losses of the peers.
 
     Args:
         layer: Dotted name of every peer's last feature layer, averaged over positions.
-        dimension: Of the two projections.
-        attend_self: Whether a peer's own answer is part of its target, as published. Attention then
-            learns to look at itself, where the loss is 0, and teaching ends; ``False`` prevents it.
+        dimension: Output width of the two projections.
+        attend_self: Whether a peer's own output is part of its ensemble, as published. Each peer
+            then attends ever more to itself, where the loss is 0; ``False`` prevents that.
 
     Source:
         Chen et al. 2020, https://arxiv.org/abs/1912.00350, equations 3 to 8. Differs from the
-        authors' code: there the logits inside targets and the
-        features that are attended to get gradient too.
+        authors' code: there, the logits inside ensembles and the features that are attended to get
+        gradient too.
     """
 
     def __init__(self, layer: str, dimension: int = 8, attend_self: bool = True) -> None:
@@ -41,10 +41,10 @@ class Attention(Exchange):
         return (self.layer,)
 
     def build(self, peers: Sequence[NetworkOutput]) -> None:
-        """Make the projections, for each width of features its own.
+        """Make the two projections.
 
         Raises:
-            ValueError: If there are less than three networks, or the peers' widths differ.
+            ValueError: If there are fewer than three networks, or the peers' widths differ.
         """
         super().build(peers)
         if len(peers) < 3:
@@ -65,7 +65,7 @@ class Attention(Exchange):
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> list[TeacherOutputs]:
-        """Attended peers for each peer; all peers equally for the leader."""
+        """Peers weighted by attention for each peer; all peers equally for the leader."""
         outputs = detached(peers[:-1])
         features = torch.stack([global_average_pool(peer.feature(self.layer)) for peer in outputs])
         scores = torch.einsum("abd,cbd->acb", self.left(features), self.right(features))

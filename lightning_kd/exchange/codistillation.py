@@ -11,15 +11,15 @@ from lightning_kd.utils.checks import check_space
 
 
 class Codistillation(Shadowed):
-    """Every peer learns from snapshots of the others, which are renewed every so many steps.
+    """Every peer learns from snapshots of the others, refreshed at regular intervals.
 
-    Stale teachers are as good as fresh ones, so that peers on machines of their own need to send
-    their weights only now and then.
+    Stale teachers are as good as fresh ones, so peers on separate machines need to exchange weights
+    only now and then.
 
     Args:
         refresh_every: Steps between two snapshots, >= 1.
-        burn_in: Steps in which peers learn from the labels alone, >= 0.
-        space: ``"probability"`` or ``"logit"``: where the others are averaged.
+        burn_in: Steps in which peers are trained on the labels alone, >= 0.
+        space: ``"probability"`` or ``"logit"``: the space in which the others are averaged.
 
     Raises:
         ValueError: If a number is out of range.
@@ -40,13 +40,13 @@ class Codistillation(Shadowed):
         self.refresh_every, self.burn_in, self.space = refresh_every, burn_in, space
 
     def before_peers(self, views: Sequence[Tensor]) -> None:
-        """Ask the snapshots."""
+        """Run the snapshots."""
         self._shadow_outputs = [] if self.steps < self.burn_in else self.shadow(views)
 
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Sequence[TeacherOutputs | None]:
-        """Snapshots of all others, equally; nobody during the burn-in."""
+        """Snapshots of all others, weighted equally; no teacher during the burn-in."""
         return (
             all_others(self._shadow_outputs, self.space)
             if self._shadow_outputs
@@ -54,9 +54,9 @@ class Codistillation(Shadowed):
         )
 
     def after_step(self, peers: nn.Module) -> None:
-        """Count the step, and renew the snapshots when it is time."""
+        """Count the step, and refresh the snapshots when due."""
         self.steps += 1
         self._shadow_outputs = []
-        # the first teachers are those of the end of the burn-in
+        # the first teachers are the peers as of the end of the burn-in
         if self.steps == self.burn_in or self.steps % self.refresh_every == 0:
             self.shadow.follow(peers)

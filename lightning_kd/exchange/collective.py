@@ -17,25 +17,25 @@ from lightning_kd.functional import (
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.utils.float32_state import Float32State
 
-Target = Literal["naive", "linear", "min_logit", "general"]
+Method = Literal["naive", "linear", "min_logit", "general"]
 
 
 class Collective(Float32State, Exchange):
-    r"""One target that is better than every peer (KDCL), the same for all of them.
+    r"""One ensemble that is better than every peer and teaches all of them (KDCL).
 
-    - ``"naive"``: on each sample the peer of the lowest cross-entropy;
-    - ``"linear"``: the mixture of logits of the lowest cross-entropy on the batch;
+    - ``"naive"``: for each sample, the peer with the lowest cross-entropy;
+    - ``"linear"``: the mixture of logits with the lowest cross-entropy on the batch;
     - ``"min_logit"``: :math:`z_j = \min_k (z_{k,j} - z_{k,y})`, never worse than the best peer;
-    - ``"general"``: the mixture of probabilities of the least expected error, from the covariance
-      of the peers' errors on validation images, renewed at each validation. The closed form is not
-      constrained and runs away where peers are alike, so it is damped and projected to weights that
-      are >= 0 and sum to 1.
+    - ``"general"``: the mixture of probabilities with the least expected error, from the covariance
+      of the peers' errors on validation images, updated at each validation. The closed form is
+      unconstrained and diverges where peers are alike, so it is damped and projected to weights
+      that are >= 0 and sum to 1.
 
-    The first three use the labels; samples without one are taught by the mean of the peers.
+    The first three use the labels; samples without one get the mean of the peers.
 
     Args:
-        target: How the target is made.
-        ridge: Share of the mean variance that is added to the covariance (``"general"``).
+        method: How the ensemble is made.
+        ridge: Fraction of the mean variance added to the covariance's diagonal (``"general"``).
 
     Source:
         Guo et al. 2020, "Online Knowledge Distillation via Collaborative Learning", CVPR, section
@@ -46,13 +46,13 @@ class Collective(Float32State, Exchange):
     errors: Tensor
     count: Tensor
 
-    def __init__(self, target: Target = "min_logit", ridge: float = 0.01) -> None:
+    def __init__(self, method: Method = "min_logit", ridge: float = 0.01) -> None:
         super().__init__()
-        if target not in ("naive", "linear", "min_logit", "general"):
+        if method not in ("naive", "linear", "min_logit", "general"):
             raise ValueError(
-                f'Expected target "naive", "linear", "min_logit" or "general", got {target!r}.'
+                f'Expected method "naive", "linear", "min_logit" or "general", got {method!r}.'
             )
-        self.target, self.ridge = target, ridge
+        self.method, self.ridge = method, ridge
 
     def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Start from equal shares."""
@@ -66,35 +66,35 @@ class Collective(Float32State, Exchange):
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> list[TeacherOutputs]:
-        """The common target of all peers."""
+        """The same ensemble for all peers."""
         outputs = detached(peers)
-        if self.target == "general" or target is None:
+        if self.method == "general" or target is None:
             shares = self.shares
             return [TeacherOutputs(outputs, shares, "probability")] * len(peers)
         logits = torch.stack([peer.logits for peer in outputs])
         known = target >= 0
         equal = torch.full_like(logits[:, :, 0], 1 / len(outputs))
-        if self.target == "naive":
+        if self.method == "naive":
             weights = torch.where(known, lowest_loss_weights(logits, target), equal)
             return [TeacherOutputs(outputs, weights, "probability")] * len(peers)
-        if self.target == "linear":
+        if self.method == "linear":
             mixture = simplex_cross_entropy_weights(logits, target)
             weights = torch.where(known, mixture[:, None], equal)
             return [TeacherOutputs(outputs, weights, "logit")] * len(peers)
-        made = torch.where(known[:, None], min_logits(logits, target), logits.mean(0))
-        one = torch.ones(1, device=made.device)
-        return [TeacherOutputs([NetworkOutput(made)], one, "logit", (0,))] * len(peers)
+        combined = torch.where(known[:, None], min_logits(logits, target), logits.mean(0))
+        one = torch.ones(1, device=combined.device)
+        return [TeacherOutputs([NetworkOutput(combined)], one, "logit", (0,))] * len(peers)
 
     def observe(self, peers: Sequence[NetworkOutput], target: Tensor) -> None:
         """Add a validation batch to the covariance of the errors."""
         known = (target >= 0).float()
-        wanted = torch.nn.functional.one_hot(target.clamp(min=0), peers[0].logits.shape[1])
-        wrong = torch.stack([p.logits.float().softmax(1) - wanted for p in peers])
-        self.errors += torch.einsum("abk,cbk,b->ac", wrong, wrong, known)
+        labels = torch.nn.functional.one_hot(target.clamp(min=0), peers[0].logits.shape[1])
+        errors = torch.stack([p.logits.float().softmax(1) - labels for p in peers])
+        self.errors += torch.einsum("abk,cbk,b->ac", errors, errors, known)
         self.count += known.sum()
 
     def after_validation(self) -> None:
-        """Renew the shares from the validation that has just ended."""
+        """Update the shares from the validation that has just ended."""
         count = sum_over_ranks(self.count)
         covariance = (sum_over_ranks(self.errors) / count.clamp(min=1)).double()
         size = len(covariance)

@@ -18,13 +18,13 @@ class Fusion(Exchange):
 
     .. math:: CE(z_f, y) + \tau^2 KL(\overline{z} \| z_f) + \sum_k \tau^2 KL(z_f \| z_k)
 
-    Maps are concatenated (resized to the first peer's), then pass a depthwise 3x3 and a 1x1
+    Maps are concatenated (resized to the first peer's), then pass through a depthwise 3x3 and a 1x1
     convolution, each with BatchNorm and ReLU, pooling and a linear layer. The first two terms are
-    this exchange's; the last is what the peers' loss ``SoftTarget`` makes of it.
+    this exchange's; the last is the peers' loss ``SoftTarget``.
 
     Args:
         layer: Dotted name of every peer's last convolutional layer.
-        temperature: Of the second term, > 0.
+        temperature: Temperature of the second term, > 0.
         weight: Multiplier of the second term.
 
     Source:
@@ -46,7 +46,7 @@ class Fusion(Exchange):
         """Make the fusion module and its classifier.
 
         Raises:
-            ValueError: If the layer does not give maps.
+            ValueError: If the layer does not output maps.
         """
         super().build(peers)
         if hasattr(self, "fuse"):
@@ -54,7 +54,7 @@ class Fusion(Exchange):
         maps = [peer.feature(self.layer) for peer in peers]
         if any(m.dim() != 4 for m in maps):
             raise ValueError(
-                f"Expected layer {self.layer!r} to give maps (B, C, H, W), got shapes "
+                f"Expected layer {self.layer!r} to output maps (B, C, H, W), got shapes "
                 f"{[tuple(m.shape) for m in maps]}: choose a convolutional layer."
             )
         width, kept = sum(m.shape[1] for m in maps), maps[0].shape[1]
@@ -80,21 +80,21 @@ class Fusion(Exchange):
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Sequence[TeacherOutputs | None]:
         """The fused classifier, for every peer."""
-        self._live = self.fused(peers)
-        one = torch.ones(1, device=self._live.device)
-        return [TeacherOutputs([NetworkOutput(self._live.detach())], one, "logit", (0,))] * len(
+        self._pending = self.fused(peers)
+        one = torch.ones(1, device=self._pending.device)
+        return [TeacherOutputs([NetworkOutput(self._pending.detach())], one, "logit", (0,))] * len(
             peers
         )
 
     def extra_losses(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the fused classifier learns from the labels, and from the mean of the logits."""
-        logits, self._live = self._live, torch.empty(0)
+        """Losses of the fused classifier: on the labels, and on the mean of the logits."""
+        logits, self._pending = self._pending, torch.empty(0)
         t = self.temperature
-        answer = TeacherOutputs.uniform(detached(peers), "logit").log_probabilities(t)
-        taught = t**2 * kl_divergence(logits, answer, student_temperature=t).mean()
-        terms = {"fusion/soft_target": self.weight * taught}
+        ensemble = TeacherOutputs.uniform(detached(peers), "logit").log_probabilities(t)
+        soft_target = t**2 * kl_divergence(logits, ensemble, student_temperature=t).mean()
+        terms = {"fusion/soft_target": self.weight * soft_target}
         if target is not None:
             terms["fusion/task"] = mean_over_labelled(task_cross_entropy(logits, target), target)
         return terms

@@ -12,14 +12,14 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Gate(Exchange):
-    r"""A gate makes one ensemble of all branches, which teaches each of them (ONE).
+    r"""A gate combines all branches into one ensemble, which teaches each of them (ONE).
 
     .. math:: z_e = \sum_k g_k z_k, \quad g = \mathrm{softmax}(\mathrm{ReLU}(BN(W \bar x))), \quad
         L = CE(z_e, y) + \sum_k \tau^2 KL(p_e \| p_k)
 
-    The gate reads a layer that all branches share (of a ``MultiBranch`` network), or, of separate
-    networks, the first one's. It learns through the ensemble's cross-entropy alone, together with
-    the branches.
+    The gate reads a layer that all branches share (of a ``MultiBranch`` network), or, for separate
+    networks, the first one's. It is trained through the ensemble's cross-entropy alone, together
+    with the branches.
 
     Args:
         layer: Dotted name of the layer that the gate reads, averaged over positions.
@@ -47,27 +47,27 @@ class Gate(Exchange):
             self.gate = nn.Sequential(nn.Linear(width, count), nn.BatchNorm1d(count), nn.ReLU())
 
     def weights(self, peers: Sequence[NetworkOutput]) -> Tensor:
-        """Share of each branch in each sample's answer, shape (K, B), with gradient."""
+        """Weight of each branch for each sample, shape (K, B), with gradient."""
         scores = run(self.gate, global_average_pool(peers[0].feature(self.layer)))
         return scores.float().softmax(1).T
 
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> list[TeacherOutputs]:
-        """The gated ensemble, for every branch the same."""
-        self._live = self.weights(peers)
-        ensemble = TeacherOutputs(detached(peers), self._live.detach(), "logit")
+        """The gated ensemble, the same for every branch."""
+        self._pending = self.weights(peers)
+        ensemble = TeacherOutputs(detached(peers), self._pending.detach(), "logit")
         return [ensemble] * len(peers)
 
     def extra_losses(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> dict[str, Tensor]:
         """Cross-entropy of the gated ensemble, with gradient to gate and branches."""
-        weights, self._live = self._live, torch.empty(0)
+        weights, self._pending = self._pending, torch.empty(0)
         if target is None:
             return {"gate": 0.0 * weights.sum()}
-        answer = combine_teachers(torch.stack([p.logits for p in peers]), weights, 1.0, "logit")
-        loss = mean_over_labelled(task_cross_entropy(answer, target), target)
+        ensemble = combine_teachers(torch.stack([p.logits for p in peers]), weights, 1.0, "logit")
+        loss = mean_over_labelled(task_cross_entropy(ensemble, target), target)
         return {"gate": self.task_weight * loss}
 
     def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:

@@ -11,7 +11,7 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class Hierarchical(Exchange):
-    r"""The last peer teaches all others: the full ensemble of a ``Tree`` its smaller ones.
+    r"""The last peer teaches all others: in a ``Tree``, the full ensemble the smaller ones.
 
     .. math:: \sum_n w\, CE(f_n, y) + \sum_b (1 - a) CE(F_b, y) + a \tau^2 KL(F_D \| F_b)
 
@@ -19,8 +19,8 @@ class Hierarchical(Exchange):
     weight :math:`a`.
 
     Args:
-        leaf_weight: Multiplier of each leaf's own cross-entropy with the labels. With 0 the last
-            leaves learn only as parts of a mean of many, which is soon right without them.
+        leaf_weight: Multiplier of each leaf's own cross-entropy with the labels. At 0 the last
+            leaves are trained only as parts of a mean of many, which is soon right without them.
 
     Raises:
         ValueError: If it is negative.
@@ -44,7 +44,7 @@ class Hierarchical(Exchange):
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Sequence[TeacherOutputs | None]:
-        """The last one for each other, nobody for itself."""
+        """The last peer for each of the others, no teacher for the last one."""
         last = len(peers) - 1
         teacher = TeacherOutputs.uniform(detached(peers[-1:]), "logit", (last,))
         return [*([teacher] * last), None]
@@ -52,7 +52,7 @@ class Hierarchical(Exchange):
     def extra_losses(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> dict[str, Tensor]:
-        """What each leaf learns from the labels by itself."""
+        """Cross-entropy of each single leaf with the labels."""
         if target is None or not self.leaf_weight:
             return {}
         leaves = peers[-1].feature("leaves")
@@ -61,5 +61,5 @@ class Hierarchical(Exchange):
         return {"leaves/task": self.leaf_weight * mean_over_labelled(each, target)}
 
     def log_probabilities(self, peers: Sequence[NetworkOutput]) -> Tensor:
-        """What the last one says."""
+        """Prediction of the last peer."""
         return peers[-1].logits.float().log_softmax(1)

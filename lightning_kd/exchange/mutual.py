@@ -16,10 +16,10 @@ class Mutual(Exchange):
 
     With the loss ``SoftTarget(temperature=1)`` this is the paper's. Its variant that averages the
     others' probabilities into one teacher has the same gradient, so there is no option for it;
-    ``space="logit"`` averages logits, which differs.
+    ``space="logit"`` averages logits instead, which differs.
 
     Args:
-        space: ``"probability"`` or ``"logit"``: where the others are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which the others are averaged.
 
     Source:
         Zhang et al. 2018, https://arxiv.org/abs/1706.00384, equations 5 to 8.
@@ -33,7 +33,7 @@ class Mutual(Exchange):
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> list[TeacherOutputs]:
-        """All others, equally."""
+        """All others, weighted equally."""
         return all_others(detached(peers), self.space)
 
 

@@ -17,19 +17,19 @@ class PeerCollaborative(Shadowed):
     .. math:: CE(z_e, y) + \sum_k \tau^2 [KL(z_e \| z_k) +
         \overline{KL(\tilde z_j \| z_k)}_{j \ne k}]
 
-    Both teachers of a peer count one half here, so the loss ``SoftTarget`` of weight 2 gives the
-    paper's sum.
+    Both teachers of a peer have a weight of one half here, so the loss ``SoftTarget`` with weight 2
+    gives the paper's sum.
 
     Args:
         layer: Dotted name of every peer's last feature layer, averaged over positions.
-        decay: Of the moving averages, in [0, 1); smaller during the first steps.
+        decay: Decay of the moving averages, in [0, 1); lower during the first steps.
 
     Raises:
         ValueError: If the decay is out of range.
 
     Source:
-        Wu & Gong 2021, https://arxiv.org/abs/2006.04147, equations 2 to 7. The paper shows each
-        peer an augmentation of its own: ``PeerCohort(view=...)``.
+        Wu & Gong 2021, https://arxiv.org/abs/2006.04147, equations 2 to 7. The paper gives each
+        peer its own augmentation: ``PeerCohort(view=...)``.
     """
 
     allows_sequential_update = False
@@ -58,16 +58,16 @@ class PeerCollaborative(Shadowed):
         return logits
 
     def before_peers(self, views: Sequence[Tensor]) -> None:
-        """Ask the moving averages."""
+        """Run the moving averages."""
         self._shadow_outputs = self.shadow(views)
 
     def forward(
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Sequence[TeacherOutputs | None]:
         """The joint classifier, and the moving averages of all others."""
-        self._live = self.joint(peers)
-        joint, count = NetworkOutput(self._live.detach()), len(peers)
-        shares = torch.full((count,), 0.5 / (count - 1), device=self._live.device)
+        self._pending = self.joint(peers)
+        joint, count = NetworkOutput(self._pending.detach()), len(peers)
+        shares = torch.full((count,), 0.5 / (count - 1), device=self._pending.device)
         shares[0] = 0.5
         return [
             TeacherOutputs(
@@ -80,13 +80,13 @@ class PeerCollaborative(Shadowed):
         self, peers: Sequence[NetworkOutput], target: Tensor | None
     ) -> dict[str, Tensor]:
         """Cross-entropy of the joint classifier, with gradient to it and to all peers."""
-        logits, self._live, self._shadow_outputs = self._live, torch.empty(0), []
+        logits, self._pending, self._shadow_outputs = self._pending, torch.empty(0), []
         if target is None:
             return {"joint/task": 0.0 * logits.sum()}
         return {"joint/task": mean_over_labelled(task_cross_entropy(logits, target), target)}
 
     def after_step(self, peers: nn.Module) -> None:
-        """Move the averages; the true mean of the first steps before the decay takes over."""
+        """Update the averages: the true mean of the first steps, until the decay takes over."""
         self.steps += 1
         decay = min(self.decay, 1 - 1 / (self.steps + 1))
         self.shadow.follow(peers, decay)

@@ -12,12 +12,12 @@ from lightning_kd.outputs import NetworkOutput
 
 
 class Shadow(nn.Module):
-    """A frozen copy of a cohort's networks, always in eval mode, that follows them at a distance.
+    """A frozen copy of a cohort's networks, always in eval mode, that lags behind them.
 
-    It is part of the checkpoint, since a resumed run must go on with the same copy.
+    It is part of the checkpoint, since a resumed run must continue with the same copy.
 
     Args:
-        peers: The cohort's networks, called with the images of each.
+        peers: The cohort's networks as one module, called with the images of each.
     """
 
     def __init__(self, peers: nn.Module) -> None:
@@ -25,21 +25,21 @@ class Shadow(nn.Module):
         self.peers = copy.deepcopy(peers).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Shadow:
-        """Stay in eval mode, whatever the module around it does."""
+        """Stay in eval mode, whatever the enclosing module does."""
         return self
 
     @torch.no_grad()
     def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
-        """What the copies say of images (B, C, H, W), without gradient."""
+        """Outputs of the copies for images (B, C, H, W), without gradient."""
         outputs: list[NetworkOutput] = self.peers(views)
         return outputs
 
     @torch.no_grad()
     def follow(self, peers: nn.Module, decay: float = 0.0) -> None:
-        """Move to ``decay`` times what it was plus the rest of what the peers are; 0: copy them."""
-        mine = [*self.peers.parameters(), *self.peers.buffers()]
-        theirs = [*peers.parameters(), *peers.buffers()]
-        for own, new in zip(mine, theirs, strict=True):
+        """Move to ``decay`` times the copy plus ``1 - decay`` times the peers; 0: copy them."""
+        copies = [*self.peers.parameters(), *self.peers.buffers()]
+        originals = [*peers.parameters(), *peers.buffers()]
+        for own, new in zip(copies, originals, strict=True):
             if decay and own.is_floating_point():
                 own.lerp_(new, 1 - decay)
             else:
@@ -47,7 +47,7 @@ class Shadow(nn.Module):
 
 
 class Shadowed(Exchange):
-    """An exchange in which a shadow of the peers teaches; counts their steps."""
+    """An exchange whose teachers are a shadow of the peers; counts their steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,5 +64,5 @@ class Shadowed(Exchange):
         return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on after that many steps."""
+        """Restore the number of steps."""
         self.steps = state["steps"]

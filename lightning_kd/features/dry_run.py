@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.outputs import NetworkOutput
-
 
 @contextlib.contextmanager
 def modes_kept(network: nn.Module) -> Iterator[None]:
-    """Inside, ``train`` and ``eval`` may be called; afterwards every part is as it was before."""
+    """Allow ``train`` and ``eval`` inside; afterwards every part has its earlier mode."""
     modes = [(part, part.training) for part in network.modules()]
     try:
         yield
@@ -20,10 +19,15 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def dry_run(
-    who: str, network: nn.Module, call: Callable[[Tensor], NetworkOutput], x: Tensor
-) -> NetworkOutput:
-    """Run ``call(x)`` without gradient and with ``network`` in eval mode for the moment.
+Output = TypeVar("Output")
+
+
+class OutputError(ValueError):
+    """A network's output is not what its place needs; the message says what to do."""
+
+
+def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: Tensor) -> Output:
+    """Run ``call(x)`` without gradient and with ``network`` temporarily in eval mode.
 
     Raises:
         ValueError: If the network cannot take these images, with the likely reason.
@@ -32,9 +36,9 @@ def dry_run(
         with modes_kept(network), torch.no_grad():
             network.eval()
             return call(x)
+    except OutputError:  # already explains what to do
+        raise
     except (RuntimeError, ValueError) as error:
-        if str(error).startswith("Expected a teacher"):  # it says itself what to do
-            raise
         convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
         hint = ""
         if convolution is not None and convolution.in_channels != x.shape[1]:
@@ -45,6 +49,6 @@ def dry_run(
             )
         first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"Expected {who} ({type(network).__name__}) to take images of shape "
+            f"Expected {name} ({type(network).__name__}) to take images of shape "
             f"{tuple(x.shape[1:])}, got: {first_line}.{hint}"
         ) from error

@@ -12,14 +12,14 @@ from lightning_kd.features.tap import find_layer
 
 
 class Paths:
-    """Lets a network leave out some of its blocks, on several paths in one forward pass.
+    """Lets a network skip some of its blocks, on several paths in one forward pass.
 
-    A block that is left out hands its input on. Paths that have left out the same blocks so far are
-    one batch, so that nothing is computed twice; where they part, the batch grows.
+    A skipped block passes its input on. Paths that have skipped the same blocks so far are one
+    batch, so that nothing is computed twice; where they diverge, the batch grows.
 
     Args:
         network: Any network whose blocks keep the shape of their input.
-        blocks: Dotted names of blocks that may be left out, in the order in which they run;
+        blocks: Dotted names of blocks that may be skipped, in the order in which they run;
             ``None``: those elements of ``nn.Sequential`` with parts of their own that keep the
             shape.
         x: An image to run the network on, shape (1, C, H, W).
@@ -29,31 +29,31 @@ class Paths:
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[str] | None, x: Tensor) -> None:
-        asked = list(_elements(network)) if blocks is None else list(blocks)
-        found = {name: find_layer(network, name) for name in asked}
+        chosen = list(_elements(network)) if blocks is None else list(blocks)
+        found = {name: find_layer(network, name) for name in chosen}
         keeps = _shapes(network, list(found.values()), x)
         if blocks is None:
-            asked = [name for name in asked if keeps.get(found[name])]
-        for name in asked:
+            chosen = [name for name in chosen if keeps.get(found[name])]
+        for name in chosen:
             if not keeps.get(found[name]):
                 raise ValueError(
                     f"Expected blocks that keep the shape of their input, got {name!r}, which "
                     f"changes it or does not run: leave it out of `blocks`."
                 )
-        nested = [(a, b) for a in asked for b in asked if a != b and f"{a}.".startswith(f"{b}.")]
-        if nested or len(set(asked)) < len(asked):
+        nested = [(a, b) for a in chosen for b in chosen if a != b and f"{a}.".startswith(f"{b}.")]
+        if nested or len(set(chosen)) < len(chosen):
             raise ValueError(
-                f"Expected each block once and none inside another, got {asked}: leave the inner "
+                f"Expected each block once and none inside another, got {chosen}: leave the inner "
                 f"or repeated ones out of `blocks`."
             )
-        if not asked:
+        if not chosen:
             raise ValueError(
-                f"Expected blocks that may be left out in {type(network).__name__}, found none: "
+                f"Expected blocks that may be skipped in {type(network).__name__}, found none: "
                 f"name them in `blocks`."
             )
         order = list(keeps)
         #: names of the blocks, in the order in which they run
-        self.names = sorted(asked, key=lambda name: order.index(found[name]))
+        self.names = sorted(chosen, key=lambda name: order.index(found[name]))
         self._blocks = [found[name] for name in self.names]
 
     def __len__(self) -> int:
@@ -63,12 +63,12 @@ class Paths:
     def taken(
         self, kept: Sequence[Sequence[bool]], survival: Sequence[float]
     ) -> Iterator[Branches]:
-        """Inside, a forward pass takes these paths.
+        """Within it, a forward pass takes these paths.
 
         Args:
             kept: For each path, which blocks it takes.
-            survival: Probability of each block; what it adds is divided by that, so that its mean
-                over paths is what it adds where all are taken.
+            survival: Probability of keeping each block; what it adds is divided by that, so that
+                its mean over paths is what it adds where all are kept.
         """
         branches = Branches(len(kept))
         before = [block.__dict__.get("forward") for block in self._blocks]
@@ -95,12 +95,12 @@ class Branches:
     def __init__(self, count: int) -> None:
         self.count = count
         self.groups: list[list[int]] = [list(range(count))]
-        #: groups behind each layer that is watched
+        #: groups after each watched layer
         self.seen: dict[str, list[list[int]]] = {}
 
     @contextlib.contextmanager
     def watched(self, layers: dict[str, nn.Module]) -> Iterator[None]:
-        """Inside, note the groups behind these layers, so that their outputs can be told apart."""
+        """Within it, record the groups after these layers, so that outputs can be told apart."""
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -119,7 +119,7 @@ class Branches:
                 handle.remove()
 
     def of(self, values: Tensor, groups: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
-        """Values of each path, out of a batch (G * B, ...) in which one group follows the other."""
+        """Values of each path, from a batch (G * B, ...) in which the groups follow each other."""
         groups = self.groups if groups is None else groups
         found: dict[int, Tensor] = {}
         for rows, group in zip(values.chunk(len(groups)), groups, strict=True):
@@ -128,7 +128,7 @@ class Branches:
 
 
 class _Fork:
-    """A block's forward pass on some paths; the others go around it."""
+    """A block's forward pass on some paths; the others bypass it."""
 
     def __init__(
         self, block: nn.Module, run: Any, kept: list[bool], survival: float, branches: Branches
@@ -147,7 +147,7 @@ class _Fork:
             return self._through(x)
         if not running:
             idle = [p.sum() for p in self.block.parameters() if p.requires_grad]
-            # DDP expects a gradient of every parameter
+            # DDP expects a gradient for every parameter
             return x + 0.0 * torch.stack(idle).sum() if idle else x
         through = iter(self._through(torch.cat(running)).chunk(len(running)))
         pieces, after = [], []
@@ -167,7 +167,7 @@ class _Fork:
 
 
 def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Outermost elements of ``nn.Sequential`` that have parts and are no ``nn.Sequential``."""
+    """Outermost elements of ``nn.Sequential`` that have children and are no ``nn.Sequential``."""
     for name, child in module.named_children():
         here = f"{prefix}{name}"
         composed = any(True for _ in child.children()) and not isinstance(child, nn.Sequential)

@@ -7,14 +7,14 @@ from torch import Size, Tensor, nn
 class Projection(nn.Module):
     """Learned map from one network's feature shape to another's.
 
-    Feature maps are resized (average pooling down, bilinear up), then pass a 1x1 convolution and
-    BatchNorm; flat features (B, D) and token sequences (B, N, D) pass a linear layer. With
-    ``depth`` the map is non-linear: that many 3x3 convolutions, BatchNorm and ReLU between them
-    (linear layers and ReLU where there are no positions).
+    Feature maps are resized (average pooling down, bilinear up), then go through a 1x1 convolution
+    and BatchNorm; flat features (B, D) and token sequences (B, N, D) through a linear layer. With
+    ``depth`` the map is non-linear: that many 3x3 convolutions, with BatchNorm and ReLU between
+    them (linear layers and ReLU where there are no positions).
 
     Args:
-        source: Shape of the features to map, batch first; usually the student's.
-        target: Shape to map to, batch first; usually a teacher's.
+        in_shape: Shape of the features to map, batch first; usually the student's.
+        out_shape: Shape to map to, batch first; usually a teacher's.
         depth: 0 for the linear map, else the number of layers of a non-linear one.
 
     Raises:
@@ -27,23 +27,23 @@ class Projection(nn.Module):
         Kwak (FEED), https://arxiv.org/abs/1909.10754, section 3.
     """
 
-    def __init__(self, source: Size, target: Size, depth: int = 0) -> None:
+    def __init__(self, in_shape: Size, out_shape: Size, depth: int = 0) -> None:
         super().__init__()
         self.size: tuple[int, int] | None = None
-        if len(source) != len(target) or len(source) not in (2, 3, 4):
+        if len(in_shape) != len(out_shape) or len(in_shape) not in (2, 3, 4):
             raise ValueError(
                 f"Expected two feature tensors of the same kind, (B, D), (B, N, D) or "
-                f"(B, C, H, W), got {tuple(source)} and {tuple(target)}: choose other layers."
+                f"(B, C, H, W), got {tuple(in_shape)} and {tuple(out_shape)}: choose other layers."
             )
-        maps = len(source) == 4
+        maps = len(in_shape) == 4
         if maps:
-            self.size = (target[2], target[3])
-        elif source[1:-1] != target[1:-1]:
+            self.size = (out_shape[2], out_shape[3])
+        elif in_shape[1:-1] != out_shape[1:-1]:
             raise ValueError(
-                f"Expected sequences of one length, got {source[1]} and {target[1]} tokens."
+                f"Expected sequences of one length, got {in_shape[1]} and {out_shape[1]} tokens."
             )
-        width, wanted = (source[1], target[1]) if maps else (source[-1], target[-1])
-        # BatchNorm of 1x1 maps cannot take a batch of one sample, which a last batch may be
+        width, wanted = (in_shape[1], out_shape[1]) if maps else (in_shape[-1], out_shape[-1])
+        # BatchNorm of 1x1 maps cannot take a batch of one sample, as the last batch may be
         spread = maps and self.size != (1, 1)
         layers: list[nn.Module] = []
         for index in range(depth or 1):
@@ -61,7 +61,7 @@ class Projection(nn.Module):
         self.map: nn.Module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features, shape (B, ...), to the target's shape."""
+        """Map features, shape (B, ...), to ``out_shape``."""
         if self.size is not None and tuple(features.shape[2:]) != self.size:
             if features.shape[2] >= self.size[0] and features.shape[3] >= self.size[1]:
                 features = F.adaptive_avg_pool2d(features, self.size)

@@ -17,7 +17,7 @@ def find_layer(network: nn.Module, layer: str) -> nn.Module:
     """Look up a layer by its dotted name, inside wrappers (``Normalized``, ``Resized``) too.
 
     Raises:
-        ValueError: If there is no such layer; the message lists near names.
+        ValueError: If there is no such layer; the message lists similar names.
     """
     named: dict[str, nn.Module] = dict(network.named_modules())
     wrappers = ["", "network.", "network.network."]
@@ -33,20 +33,20 @@ def find_layer(network: nn.Module, layer: str) -> nn.Module:
 
 
 class _Pass:
-    """How far one forward pass has come."""
+    """Progress of one forward pass."""
 
     def __init__(self) -> None:
-        self.on = False  # else features of a validation batch, or a whole graph, would live on
+        self.on = False  # else features of a validation batch, or a whole graph, would stay alive
         self.calls = 0  # of tapped layers so far; a layer may run more than once
-        self.stop = 0  # number of calls to stop behind; 0: run to the end
+        self.stop = 0  # number of calls to stop after; 0: run to the end
 
 
-class _Enough(Exception):
-    """All layers that were asked for are there, and nobody reads what follows."""
+class _EarlyStop(Exception):
+    """All requested layers have run, and what follows is not needed."""
 
 
 class _Record:
-    """A forward hook that notes one layer's output and that output's version."""
+    """A forward hook that records one layer's output and that output's version."""
 
     def __init__(self, store: dict[str, tuple[Tensor, int]], layer: str, now: _Pass) -> None:
         self.store, self.layer, self.now = store, layer, now
@@ -57,16 +57,16 @@ class _Record:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"Layer {self.layer!r} returns {type(output).__name__}, not one tensor: choose a "
-                f"layer inside or behind it."
+                f"layer inside or after it."
             )
-        # inference mode, which Lightning uses in test, keeps no version; compiled passes come after
-        # a plain one, which has looked
-        blind = torch.compiler.is_compiling() or output.is_inference()
-        version = -1 if blind else output._version
+        # inference mode, which Lightning uses in test, keeps no version; compiled passes follow an
+        # eager one, which has checked
+        unversioned = torch.compiler.is_compiling() or output.is_inference()
+        version = -1 if unversioned else output._version
         self.store[self.layer] = (output, version)
         self.now.calls += 1
         if self.now.calls == self.now.stop:
-            raise _Enough
+            raise _EarlyStop
 
 
 class Tap:
@@ -91,7 +91,7 @@ class Tap:
         self.hook()
 
     def hook(self) -> None:
-        """Hook the named layers, again where one was replaced (SyncBatchNorm does)."""
+        """Hook the named layers, again if one was replaced (as by SyncBatchNorm)."""
         layers = [find_layer(self.network, layer) for layer in self.layers]
         pairs = list(zip(layers, self._records, strict=True))
         kept = all(any(h is r for h in layer._forward_hooks.values()) for layer, r in pairs)
@@ -114,8 +114,8 @@ class Tap:
 
         Args:
             x: Images.
-            need_logits: Run to the end; else the network stops where the last named layer ran for
-                the last time in the last whole pass, and the logits are empty, shape (B, 0).
+            need_logits: Run to the end; else the network stops after the last call of a named layer
+                in the last full pass, and the logits are empty, shape (B, 0).
 
         Raises:
             RuntimeError: If a tapped layer did not run, or its output was changed in place.
@@ -126,12 +126,12 @@ class Tap:
             try:
                 output = self.network(x)
                 self._calls = self._now.calls
-            except _Enough:
+            except _EarlyStop:
                 output = x.new_empty(len(x), 0)
             return NetworkOutput.read(
                 output, {layer: self._recorded(layer) for layer in self.layers}
             )
-        finally:  # nothing of this batch may survive
+        finally:  # nothing of this batch may stay alive
             self._store.clear()
             self._now.on = False
 
@@ -141,8 +141,8 @@ class Tap:
         feature, version = self._store[layer]
         if version >= 0 and feature._version != version:
             raise RuntimeError(
-                f"The output of layer {layer!r} was changed in place by the layer behind it "
-                f"(an in-place ReLU, most often): name that layer instead."
+                f"The output of layer {layer!r} was changed in place by the layer after it "
+                f"(usually an in-place ReLU): name that layer instead."
             )
         return feature
 
@@ -153,7 +153,7 @@ class Tap:
 
 
 class Tapped(nn.Module):
-    """A network with its tap as one module, whose weights can be lent to it for one call."""
+    """A network with its tap as one module, whose weights can be swapped for one call."""
 
     def __init__(self, tap: Tap) -> None:
         super().__init__()

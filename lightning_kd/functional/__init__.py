@@ -1,4 +1,4 @@
-"""Pure tensor maths: no state, no Lightning; per-sample values wherever those are defined."""
+"""Pure tensor maths: no state, no Lightning; per-sample values wherever defined."""
 
 from lightning_kd.functional.batch_norm import channel_statistics, statistics_gap
 from lightning_kd.functional.class_balance import class_balance, modulating_weights

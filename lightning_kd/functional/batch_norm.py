@@ -1,4 +1,4 @@
-"""Statistics of what BatchNorm layers are given."""
+"""Statistics of the inputs of BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all but the channels, of values (B, C, ...), each (C,).
 
-    As ``torch.var_mean``, three times as fast with its gradient on a CPU; differentiable once.
-    Half precision is taken as float32.
+    As ``torch.var_mean``, but three times as fast with its gradient on a CPU; differentiable once.
+    Half precision is computed in float32.
     """
     with torch.autocast(values.device.type, enabled=False):
         wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -23,7 +23,7 @@ def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChannelStatistics(torch.autograd.Function):
-    """Autograd would walk over the values five times on the way back; once is enough."""
+    """Autograd would pass over the values five times in backward; once is enough."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +43,12 @@ class _ChannelStatistics(torch.autograd.Function):
 
 
 def statistics_gap(found: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
-    r"""How far statistics of images are from those that BatchNorm layers remember.
+    r"""Distance of image statistics from the running statistics of BatchNorm layers.
 
     .. math:: \sum_l \|\mu_l - \hat\mu_l\|_2 + \|\sigma^2_l - \hat\sigma^2_l\|_2
 
     Args:
-        found: Of each layer: mean, variance, remembered mean and variance, each of shape (C,).
+        found: For each layer: mean, variance, running mean and variance, each of shape (C,).
 
     Returns:
         A scalar; its gradient is 0, not NaN, where nothing differs.
@@ -58,7 +58,7 @@ def statistics_gap(found: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Te
         equation 1.
     """
     gaps = []
-    for mean, variance, wanted_mean, wanted_variance in found:
-        gaps.append(torch.linalg.vector_norm(mean - wanted_mean))
-        gaps.append(torch.linalg.vector_norm(variance - wanted_variance))
+    for mean, variance, running_mean, running_variance in found:
+        gaps.append(torch.linalg.vector_norm(mean - running_mean))
+        gaps.append(torch.linalg.vector_norm(variance - running_variance))
     return torch.stack(gaps).sum()

@@ -1,4 +1,4 @@
-"""Whether every class has its share of the images that are made."""
+"""Balance of the classes of generated images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_kd.functional.precision import full_precision
 
 @full_precision
 def class_balance(logits: Tensor) -> Tensor:
-    """Negative entropy of the batch's mean answer, in nats: least where classes are balanced.
+    """Negative entropy of the batch's mean output, in nats: lowest where classes are balanced.
 
     Args:
         logits: Shape (B, K).
@@ -29,13 +29,13 @@ def class_balance(logits: Tensor) -> Tensor:
 def modulating_weights(
     logits: Tensor, class_share: Tensor, gamma: float = 1.0, diversity_norm: bool = False
 ) -> Tensor:
-    r"""How much an image is wanted: of a rare class, and one that the teacher finds hard.
+    r"""Weight of an image: high for a rare class and where the teacher is uncertain.
 
     .. math:: \phi(x) = \Big(1 - \frac{1}{|B|} \sum_{x' \in B} [c(x') = c(x)]\Big) (1 - p(x))^\gamma
 
     Args:
-        logits: Of the teacher, shape (B, K).
-        class_share: Share of each class in the memory, shape (K,); all 0 where it is empty.
+        logits: Logits of the teacher, shape (B, K).
+        class_share: Share of each class in the memory, shape (K,); all 0 if it is empty.
         gamma: Strength of the difficulty, >= 0.
         diversity_norm: Multiply by K / (K - 1), so that the first factor is 1, not 1 - 1 / K, where
             classes are balanced.
@@ -48,6 +48,7 @@ def modulating_weights(
         Liu et al. 2024 (SSD-KD), https://arxiv.org/abs/2403.19539, equation 3.
 
     Example:
+        >>> import torch
         >>> modulating_weights(torch.zeros(1, 2), torch.tensor([1.0, 0.0]))
         tensor([0.])
     """

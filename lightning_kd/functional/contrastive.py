@@ -11,7 +11,7 @@ from lightning_kd.functional.precision import full_precision
 
 @full_precision
 def info_nce(anchors: Tensor, others: Tensor, temperature: float = 0.1) -> Tensor:
-    r"""How badly each anchor is told from those that are not its own, by cosine similarity.
+    r"""Cross-entropy of matching each anchor to its own sample, by cosine similarity.
 
     .. math:: -\log \frac{\exp(\cos(a_i, o_i) / \tau)}{\sum_j \exp(\cos(a_i, o_j) / \tau)}
 

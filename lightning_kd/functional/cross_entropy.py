@@ -10,12 +10,12 @@ from lightning_kd.functional.precision import full_precision
 
 
 def is_labelled(target: Tensor) -> Tensor:
-    """Whether a sample has a label, shape (B,), for labels (B, ...) of which -1 is none."""
+    """Whether a sample has a label, shape (B,), for labels (B, ...) where -1 means none."""
     return (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
 
 
 def hard_labels(target: Tensor | None) -> Tensor | None:
-    """Labels (B, ...) as they are, of soft labels (B, K, ...) the likeliest; None stays None."""
+    """Labels (B, ...) as they are, soft labels (B, K, ...) by argmax; None stays None."""
     return target.argmax(1) if target is not None and target.is_floating_point() else target
 
 
@@ -34,7 +34,7 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
 
     Raises:
         ValueError: If a label is out of range (on CPU; a GPU reports it asynchronously) or the
-            shapes do not fit.
+            shapes do not match.
 
     Source:
         Standard; https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html.

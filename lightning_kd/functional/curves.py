@@ -37,7 +37,7 @@ def exponential(start: float, end: float, progress: float) -> float:
 def sigmoid_ramp_up(start: float, end: float, progress: float) -> float:
     r""":math:`e^{-5 (1 - progress)^2}` of the way from ``start`` to ``end``.
 
-    At progress 0 it stands at :math:`e^{-5} = 0.0067` of the way, as published, not at 0.
+    At progress 0 it is :math:`e^{-5} = 0.0067` of the way, as published, not at 0.
 
     Source:
         Laine & Aila 2017, https://arxiv.org/abs/1610.02242, section 2.1; used by Mean Teacher, ONE,

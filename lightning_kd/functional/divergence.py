@@ -1,4 +1,4 @@
-"""How far two distributions are apart, per sample."""
+"""Divergences between distributions, per sample."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_kd.utils.checks import check_positive, check_same_shape
 
 
 def _per_sample(values: Tensor) -> Tensor:
-    """Average everything behind the batch axis (the positions of dense outputs), shape (B,)."""
+    """Average everything after the batch axis (the positions of dense outputs), shape (B,)."""
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
 def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) from log-probabilities, summed over dim 1; where p is 0 nothing is added."""
+    """KL(p || q) from log-probabilities, summed over dim 1; terms where p is 0 are 0."""
     log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)  # 0 log 0 is 0, not NaN
     return (log_p.exp() * log_ratio).sum(1)
 
@@ -79,16 +79,16 @@ def decoupled_kl(
     .. math:: \alpha\, KL(b^T \| b^S) + \beta\, KL(\hat p^T \| \hat p^S)
 
     with :math:`b = (p_y, 1 - p_y)` and :math:`\hat p` the softmax without class y. All of it is
-    computed from log-probabilities, so that it is finite where ``log(1 - p)`` of the usual code is
-    not. No :math:`\tau^2` is applied.
+    computed from log-probabilities, so it is finite where the usual ``log(1 - p)`` is not. No
+    :math:`\tau^2` is applied.
 
     Args:
         student: Logits, shape (B, K).
         teacher: Logits, shape (B, K); detach them.
-        target: Labels, shape (B,); where -1 (unlabelled), the teacher's most likely class.
-        temperature: Softening of both sides, > 0.
-        target_weight: Alpha, of the target-class term.
-        other_weight: Beta, of the other-classes term.
+        target: Labels, shape (B,); -1 (unlabelled) is replaced by the teacher's likeliest class.
+        temperature: Softening of student and teacher, > 0.
+        target_weight: Alpha, multiplier of the target-class term.
+        other_weight: Beta, multiplier of the other-classes term.
 
     Returns:
         Divergence in nats, shape (B,).
@@ -136,7 +136,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 @full_precision
 def jensen_shannon_of_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Jensen-Shannon divergence of softened answers (B, K), per sample (B,), in [0, log 2].
+    """Jensen-Shannon divergence of softened outputs (B, K), per sample (B,), in [0, log 2].
 
     Source:
         Yin et al. 2020 (DeepInversion), https://arxiv.org/abs/1912.08795, adaptive term.
@@ -164,7 +164,7 @@ def renyi(p: Tensor, q: Tensor, alpha: float = 0.99) -> Tensor:
 
 @full_precision
 def maximum_mean_discrepancy(source: Tensor, target: Tensor) -> Tensor:
-    r"""Squared distance of two samples' mean embeddings under a Gaussian kernel.
+    r"""Squared distance between two samples' mean embeddings under a Gaussian kernel.
 
     .. math:: \overline{k(s, s')} + \overline{k(t, t')} - 2\, \overline{k(s, t)}
 

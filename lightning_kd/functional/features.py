@@ -1,4 +1,4 @@
-"""How far two feature tensors are apart, per sample."""
+"""Distances between feature tensors, per sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hint_distance(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
 
     Source:
         Romero et al. (FitNets), https://arxiv.org/abs/1412.6550, equation 3. Differs from the
-        paper: mean over elements instead of half the sum, as RepDistiller does.
+        paper: mean over elements instead of half the sum, as in RepDistiller.
     """
     check_same_shape(student, teacher, "features")
     if power not in (1, 2):
@@ -63,7 +63,7 @@ def attention_map(features: Tensor) -> Tensor:
 
 @full_precision
 def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two attention maps, per sample.
+    """Mean squared difference between two attention maps, per sample.
 
     Widths may differ. The larger map is average-pooled to the smaller one's size first.
 
@@ -84,7 +84,7 @@ def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 @full_precision
 def unit_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""L1 distance of two feature tensors of unit length, per sample.
+    r"""L1 distance between two feature tensors of unit length, per sample.
 
     .. math:: \Big\| \frac{s}{\|s\|_2} - \frac{t}{\|t\|_2} \Big\|_1
 
@@ -93,7 +93,7 @@ def unit_distance(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Features, the same shape; detach them.
 
     Returns:
-        Distance, shape (B,), summed over all elements of a sample: of unit vectors with many
+        Distance, shape (B,), summed over all elements of a sample: for unit vectors with many
         elements a mean would all but vanish.
 
     Raises:

@@ -12,9 +12,9 @@ from lightning_kd.functional.precision import full_precision
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
-    """Random crop of zero-padded images and random horizontal flip, each image its own.
+    """Random crop of zero-padded images and random horizontal flip, independent for each image.
 
-    Without a loop over images and on whatever device they are on.
+    Runs on the device of the images, without a loop over them.
 
     Args:
         images: Shape (B, C, H, W).
@@ -41,9 +41,9 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Te
 
 @full_precision
 def resized_crop(images: Tensor, draws: Tensor, smallest: float) -> Tensor:
-    """Random crop of each image, of an area from ``smallest`` to 1, resized to the whole; flipped.
+    """Random crop of each image, of area ``smallest`` to 1, resized to the full size; flipped.
 
-    Bilinear, differentiable, without a loop over images and on whatever device they are on.
+    Bilinear, differentiable, on the device of the images, without a loop over them.
 
     Args:
         images: Shape (B, C, H, W).
@@ -52,7 +52,7 @@ def resized_crop(images: Tensor, draws: Tensor, smallest: float) -> Tensor:
         smallest: Area of the smallest crop, as a share of the image, in (0, 1].
 
     Returns:
-        Images of the same shape, of float32 at least.
+        Images of the same shape, in float32 or wider.
     """
     area, aspect, row, column, flip = draws.to(images.dtype).unbind(1)
     area = smallest + (1 - smallest) * area

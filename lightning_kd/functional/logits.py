@@ -1,4 +1,4 @@
-"""Logits themselves: how far two are apart, and on one scale."""
+"""Distances between logits, and their standardisation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_kd.utils.checks import check_same_shape
 
 @full_precision
 def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Mean squared difference of logits, per sample.
+    r"""Mean squared difference between logits, per sample.
 
     .. math:: \frac{1}{K} \sum_k (z_k^S - z_k^T)^2
 
     Args:
         student: Logits, shape (B, K, ...).
-        teacher: Logits, shape (B, K, ...); detach it.
+        teacher: Logits, shape (B, K, ...); detach them.
 
     Returns:
         Squared difference, shape (B,), averaged over classes and positions.
@@ -30,6 +30,7 @@ def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
         over classes instead of half the sum, so that the weight does not depend on K.
 
     Example:
+        >>> import torch
         >>> logit_mse(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
         tensor([5.])
     """
@@ -39,7 +40,7 @@ def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 @full_precision
 def logit_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean absolute difference of logits (B, K), per sample (B,).
+    """Mean absolute difference between logits (B, K), per sample (B,).
 
     Source:
         Fang et al. 2019 (DFAD), https://arxiv.org/abs/1912.11006, equation 3.
@@ -56,8 +57,8 @@ def standardize(logits: Tensor) -> Tensor:
         logits: Shape (B, K, ...), K >= 2.
 
     Returns:
-        Shape (B, K, ...); the deviation is the unbiased one, as published, but at least 0.001: of
-        logits that are all alike it is 0, and the gradient would be without bounds.
+        Shape (B, K, ...); the deviation is the unbiased one, as published, but at least 0.001: for
+        logits that are all equal it is 0, and the gradient would be unbounded.
 
     Source:
         Sun et al. 2024, https://arxiv.org/abs/2403.01427, algorithm 1.

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Run ``function`` in float32 whatever the autocast state; float64 stays float64.
 
-    Divergences subtract numbers that nearly agree and exponentials overflow in half precision, so
+    Divergences subtract nearly equal numbers and exponentials overflow in half precision, so
     every function of this package is computed in full precision under any autocast.
 
     Args:

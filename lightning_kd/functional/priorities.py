@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def priority_probabilities(priorities: Tensor, alpha: float, epsilon: float = 1e-6) -> Tensor:
-    r"""Probability of each image to be drawn, :math:`P_i \propto (|\delta_i| + \epsilon)^\alpha`.
+    r"""Probability of drawing each image, :math:`P_i \propto (|\delta_i| + \epsilon)^\alpha`.
 
     Args:
         priorities: Shape (N,).
-        alpha: 0 draws uniformly.
-        epsilon: Keeps images of priority 0 in the game, > 0.
+        alpha: Exponent; 0 draws uniformly.
+        epsilon: Keeps images of priority 0 in play, > 0.
 
     Returns:
         Shape (N,), summing to 1.
@@ -29,9 +29,9 @@ def importance_weights(
     r"""Weights that undo part of the bias of drawing by priority, :math:`w_i = (N P_i)^{-\beta}`.
 
     Args:
-        probabilities: Of the drawn images, shape (B,).
-        count: Number N of images that were drawn from.
-        beta: 0: no correction; 1: the expected gradient is that of uniform draws.
+        probabilities: Probabilities of the drawn images, shape (B,).
+        count: Number N of images to draw from.
+        beta: Exponent; 0: no correction; 1: the expected gradient is that of uniform draws.
         normalize: ``"mean"``: mean 1 in the batch; ``"max"``: largest 1 (which lowers the learning
             rate); ``"none"``: as in the paper.
 

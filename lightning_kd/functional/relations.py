@@ -1,7 +1,7 @@
-"""Distances between what two networks say about how the samples of a batch relate.
+"""Distances between two networks in how the samples of a batch relate to each other.
 
-Features may differ in width. Every value here is of the whole batch (0-d), and depends on its size
-and on what is in it.
+Features may differ in width. Every value here is for the whole batch (0-d), and depends on its size
+and contents.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _SymmetricLog(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        # NaN has no eigenvalues; the loss is to be NaN then, which the module tells of
+        # NaN has no eigenvalues; the loss should be NaN then, which the module reports
         finite = torch.isfinite(matrix).all()
         eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
@@ -80,12 +80,12 @@ class _SymmetricLog(torch.autograd.Function):
 
 @full_precision
 def log_euclidean_distance(student: Tensor, teacher: Tensor, epsilon: float = 1e-3) -> Tensor:
-    r"""Distance of the matrix logarithms of two similarity matrices.
+    r"""Distance between the matrix logarithms of two similarity matrices.
 
     .. math:: \frac{1}{B^2} \| \log(A_S + \epsilon I) - \log(A_T + \epsilon I) \|_F^2,
         \quad A = X X^\top
 
-    with the rows of X cut at 0 and scaled to unit length, so that similarities lie in [0, 1].
+    with the rows of X clipped at 0 and scaled to unit length, so that similarities lie in [0, 1].
 
     Args:
         student: Features, shape (B, ...).
@@ -127,7 +127,7 @@ def _angles(features: Tensor) -> Tensor:
 
 @full_precision
 def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber distance of the pairwise distances, each side in units of its mean distance.
+    """Huber distance between pairwise distances, each in units of its network's mean distance.
 
     Args:
         student: Features, shape (B, ...).
@@ -146,7 +146,7 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 @full_precision
 def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber distance of the angles between all triples of samples; memory grows with B cubed.
+    """Huber distance between the angles of all triples of samples; memory grows with B cubed.
 
     Args:
         student: Features, shape (B, ...).

@@ -1,4 +1,4 @@
-"""How far each of several teachers is trusted, and the mean of what they say."""
+"""How much each of several teachers is trusted, and the mean of their outputs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_kd.functional.cross_entropy import is_labelled, task_cross_entrop
 from lightning_kd.functional.precision import full_precision
 from lightning_kd.utils.checks import check_positive, check_space
 
-# the exact solution looks at 3^M faces of the polytope of weights
+# the exact solution visits 3^M faces of the polytope of weights
 MOST_GRADIENTS = 8
 
 
 @full_precision
 def combine_teachers(logits: Tensor, weights: Tensor, temperature: float, space: str) -> Tensor:
-    r"""Log-probabilities of several teachers' weighted mean answer.
+    r"""Log-probabilities of several teachers' weighted mean output.
 
     In probability space :math:`\log \sum_m w_m\, \mathrm{softmax}(z_m / \tau)`, in logit space
     :math:`\log\,\mathrm{softmax}(\sum_m w_m z_m / \tau)` (the geometric mean, which needs teachers
     of comparable logit scale).
 
     Args:
-        logits: Shape (M, B, K, ...), one row a teacher.
+        logits: Shape (M, B, K, ...), one row per teacher.
         weights: Shape (M,) or (M, B), each column a convex combination.
         temperature: Softening, > 0.
         space: ``"probability"`` or ``"logit"``.
@@ -39,13 +39,13 @@ def combine_teachers(logits: Tensor, weights: Tensor, temperature: float, space:
 
     Source:
         Hinton et al. 2015, section 2; You et al., KDD 2017. The student's gradient of KL to the
-        probability mean equals that of the weighted mean of the KLs, so weighting lives here only.
+        probability mean equals that of the weighted mean of the KLs, so weights belong here.
     """
     check_positive(temperature, "temperature")
     check_space(space)
     shaped = weights.to(logits).reshape(*weights.shape, *(1,) * (logits.dim() - weights.dim()))
     if space == "logit":
-        # who counts for nothing rules nothing out: 0 times minus infinity would be NaN
+        # a teacher of weight 0 rules out no class: 0 times minus infinity would be NaN
         weighted = torch.where(shaped > 0, shaped * logits, 0.0)
         return F.log_softmax(weighted.sum(0) / temperature, dim=1)
     return torch.logsumexp(F.log_softmax(logits / temperature, dim=2) + shaped.log(), dim=0)
@@ -66,7 +66,7 @@ def teacher_losses(logits: Tensor, target: Tensor) -> Tensor:
 
 @full_precision
 def entropies(logits: Tensor) -> Tensor:
-    """Entropy of each teacher's answer in nats, shape (M, B), for logits (M, B, K, ...)."""
+    """Entropy of each teacher's output in nats, shape (M, B), for logits (M, B, K, ...)."""
     log_p = F.log_softmax(logits, dim=2)
     values = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(2)
     return values.flatten(2).mean(2) if values.dim() > 2 else values
@@ -95,14 +95,14 @@ def confidence_weights(logits: Tensor, target: Tensor) -> Tensor:
         Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equation 1. Differs from the
         authors' code: they divide by M once more.
     """
-    # a teacher that rules the right class out has an infinite loss: it gets nothing, not NaN
+    # a teacher that rules out the right class has an infinite loss: its weight is 0, not NaN
     trust = _complement(teacher_losses(logits, target).clamp(max=1e4).softmax(0))
     return torch.where(is_labelled(target), trust, entropy_weights(logits))
 
 
 @full_precision
 def entropy_weights(logits: Tensor) -> Tensor:
-    r"""Trust by how sure each teacher is, per sample; needs no labels.
+    r"""Trust by how certain each teacher is, per sample; needs no labels.
 
     .. math:: w_m = \frac{1}{M - 1} \Big(1 - \frac{H_m}{\sum_j H_j}\Big)
 
@@ -110,7 +110,7 @@ def entropy_weights(logits: Tensor) -> Tensor:
         logits: Shape (M, B, K).
 
     Returns:
-        Shape (M, B), summing to 1 over M; equal where nobody is in doubt.
+        Shape (M, B), summing to 1 over M; equal where all teachers are certain.
 
     Source:
         Kwon et al. 2020 (EBKD), "Adaptive knowledge distillation based on entropy", ICASSP, as in
@@ -118,7 +118,7 @@ def entropy_weights(logits: Tensor) -> Tensor:
     """
     doubt = entropies(logits)
     total = doubt.sum(0)
-    sure = total < 1e-30  # all of them, and then all alike
+    sure = total < 1e-30  # all of them: then weights are equal
     shares = torch.where(sure, 1 / len(doubt), doubt / total.masked_fill(sure, 1.0))
     return _complement(shares)
 
@@ -127,7 +127,7 @@ def entropy_weights(logits: Tensor) -> Tensor:
 def lowest_loss_weights(logits: Tensor, target: Tensor | None) -> Tensor:
     """1 for the one teacher that is best on a sample, 0 for the others.
 
-    Best is the lowest cross-entropy with the label, the lowest entropy where there is none.
+    Best means the lowest cross-entropy with the label, or the lowest entropy without one.
 
     Args:
         logits: Shape (M, B, K).
@@ -155,7 +155,7 @@ def _faces(m: int) -> Tensor:
 
 @full_precision
 def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
-    r"""Convex combination of gradients of the least length, no weight above ``c_max``.
+    r"""Convex combination of gradients with the least norm, no weight above ``c_max``.
 
     .. math:: \arg\min_a \frac12 \Big\| \sum_m a_m g_m \Big\|^2, \quad \sum_m a_m = 1, \quad
         0 \le a_m \le C
@@ -164,7 +164,7 @@ def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
     and all 3^M small systems are solved in one batched call, without waiting for the device.
 
     Args:
-        gradients: One gradient a row, shape (M, D), M at most 8.
+        gradients: One gradient per row, shape (M, D), M at most 8.
         c_max: C, in [1 / M, 1]; 1 gives the min-norm point of multi-objective descent, 1 / M equal
             weights.
 
@@ -180,8 +180,8 @@ def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
     m = len(gradients)
     if m > MOST_GRADIENTS:
         raise ValueError(
-            f"Expected at most {MOST_GRADIENTS} gradients to be weighed, got {m}: use another "
-            f"weighting for so many teachers."
+            f"Expected at most {MOST_GRADIENTS} gradients to weight, got {m}: use another "
+            f"weighting for that many teachers."
         )
     if not 1 / m - 1e-9 <= c_max <= 1:
         raise ValueError(f"Expected c_max from 1 / M = {1 / m:.3g} to 1, got {c_max}.")
@@ -223,7 +223,7 @@ def simplex_projection(values: Tensor) -> Tensor:
     ordered = values.sort(descending=True).values
     count = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype)
     thresholds = (ordered.cumsum(0) - 1) / count
-    last = ((ordered > thresholds).sum() - 1).clamp(min=0)  # of NaN nothing is greater
+    last = ((ordered > thresholds).sum() - 1).clamp(min=0)  # comparisons with NaN are false
     projected: Tensor = (values - thresholds.gather(0, last[None])).clamp(min=0.0)
     return projected
 
@@ -240,7 +240,7 @@ def simplex_cross_entropy_weights(logits: Tensor, target: Tensor, steps: int = 6
     Args:
         logits: Shape (K, B, C).
         target: Labels, shape (B,), -1 where unlabelled.
-        steps: Of the solver.
+        steps: Steps of the solver.
 
     Returns:
         Shape (K,), summing to 1; equal where nothing is labelled.
@@ -276,8 +276,8 @@ def min_logits(logits: Tensor, target: Tensor) -> Tensor:
     Its cross-entropy is never above that of the best peer, on any sample.
 
     Args:
-        logits: Shape (K, B, C), one row a peer.
-        target: Labels, shape (B,); those of -1 give values without meaning.
+        logits: Shape (K, B, C), one row per peer.
+        target: Labels, shape (B,); where -1, values are meaningless.
 
     Returns:
         Logits, shape (B, C), 0 at the true class.

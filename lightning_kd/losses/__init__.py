@@ -1,4 +1,4 @@
-"""What is transferred."""
+"""What is transferred from teachers to student."""
 
 from lightning_kd.losses.attention_transfer import AttentionTransfer
 from lightning_kd.losses.base import DistillationLoss, LayerLoss, losses_by_name

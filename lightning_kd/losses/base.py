@@ -16,11 +16,11 @@ TeachersLike: TypeAlias = Tensor | NetworkOutput | Sequence[Tensor | NetworkOutp
 
 
 class DistillationLoss(nn.Module, ABC):
-    """What is transferred. Subclass it, give ``forward``, and name it by ``class_path``.
+    """What is transferred. Subclass it, implement ``forward``, and refer to it by ``class_path``.
 
-    Call it as ``loss(student, teachers, target)``, with tensors (what the student and each teacher
-    say: logits, or for a ``LayerLoss`` features), or with ``NetworkOutput`` and ``TeacherOutputs``,
-    which is what ``forward`` always gets. Several teachers given as a list count the same.
+    Call it as ``loss(student, teachers, target)``, with tensors (logits of the student and of each
+    teacher, or features for a ``LayerLoss``), or with ``NetworkOutput`` and ``TeacherOutputs``,
+    which is what ``forward`` always receives. Teachers given as a list have equal weights.
 
     Args:
         weight: Multiplier of this loss in the total; applied by ``Distillation``, not here.
@@ -35,11 +35,11 @@ class DistillationLoss(nn.Module, ABC):
     weight: float
     #: whether teachers may rule classes out, with logits of minus infinity
     takes_unknown_classes = True
-    #: whether the teachers' logits are read; if nobody reads them, teachers stop before
+    #: whether the teachers' logits are read; if no loss reads them, teachers stop earlier
     reads_logits = True
-    #: whether a constant added to all of a teacher's logits counts
+    #: whether a constant added to all of a teacher's logits matters
     reads_scale = False
-    #: whether something flows into the student's forward pass, by ``attach``, ``before_student``
+    #: whether ``attach`` and ``before_student`` change the student's forward pass
     changes_student = False
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -57,7 +57,7 @@ class DistillationLoss(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        """Key of this loss in the log where the user gives none: the class name in snake case."""
+        """Key of this loss in the log if the user gives none: the class name in snake case."""
         return snake_case(self)
 
     def student_layers(self) -> Sequence[str]:
@@ -69,16 +69,16 @@ class DistillationLoss(nn.Module, ABC):
         return ()
 
     def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
-        """Size adapters from a dry run; called once, before the optimizer is made."""
+        """Size adapters from a dry run; called once, before the optimizer is created."""
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Reach into the networks themselves; called after ``build``, and before each fit.
+        """Get hold of the networks themselves; called after ``build``, and before each fit.
 
         Do not register a teacher: it would be trained and saved.
         """
 
     def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
-        """See the outputs of the teachers of these indices before the student runs."""
+        """Receive the outputs of the teachers at these indices before the student runs."""
 
     @abstractmethod
     def forward(
@@ -87,8 +87,8 @@ class DistillationLoss(nn.Module, ABC):
         """Compute the unweighted loss of one batch.
 
         Args:
-            student: With gradient.
-            teachers: Detached, with the weights that the weighting gave them.
+            student: Output of the student, with gradient.
+            teachers: Detached outputs, with their weights from the weighting.
             target: Labels (B, ...), -1 where unlabelled, or None.
 
         Returns:
@@ -104,7 +104,7 @@ class DistillationLoss(nn.Module, ABC):
         if isinstance(student, Tensor):
             student = self._from_tensor(student, self.student_layers())
         if not isinstance(teachers, TeacherOutputs):
-            given = [teachers] if isinstance(teachers, (Tensor, NetworkOutput)) else teachers
+            given: list[Any] = list(teachers) if isinstance(teachers, (list, tuple)) else [teachers]
             outputs = [
                 self._from_tensor(t, self.teacher_layers(m)) if isinstance(t, Tensor) else t
                 for m, t in enumerate(given)
@@ -124,7 +124,7 @@ class DistillationLoss(nn.Module, ABC):
     def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
         if layers or type(self).attach is not DistillationLoss.attach:
             raise TypeError(
-                f"Expected NetworkOutput(logits, features) of student and teachers with "
+                f"Expected NetworkOutput(logits, features) for student and teachers with "
                 f"{type(self).__name__}, which reads more than one tensor of a network or reaches "
                 f"into it, got a tensor: use it inside Distillation."
             )
@@ -134,12 +134,12 @@ class DistillationLoss(nn.Module, ABC):
 class LayerLoss(LayerPair, DistillationLoss):
     """A loss between one layer of the student and one of each teacher.
 
-    Give ``forward``, or only ``compare``. One that reads the teachers' logits too sets
+    Implement ``forward``, or only ``compare``. One that reads the teachers' logits too sets
     ``reads_logits``.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
         weight: Multiplier of this loss in the total.
     """
 
@@ -154,7 +154,7 @@ class LayerLoss(LayerPair, DistillationLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
         """Distance of student features (B, ...) to teacher ``index``'s: per sample (B,), or 0-d."""
-        raise NotImplementedError(f"{type(self).__name__} gives neither compare nor forward.")
+        raise NotImplementedError(f"{type(self).__name__} implements neither compare nor forward.")
 
     def forward(
         self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
@@ -171,18 +171,18 @@ class LayerLoss(LayerPair, DistillationLoss):
     def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
         if self.reads_logits or type(self).attach is not DistillationLoss.attach:
             return super()._from_tensor(values, layers)
-        empty = values.new_empty(len(values), 0)  # nobody reads them
+        empty = values.new_empty(len(values), 0)  # never read
         return NetworkOutput(empty, dict.fromkeys(layers, values))
 
 
 def losses_by_name(
     losses: Mapping[str, DistillationLoss] | Sequence[DistillationLoss],
 ) -> dict[str, DistillationLoss]:
-    """Key each loss by its name in the log: the user's, or its class's, numbered where equal.
+    """Key each loss by its name in the log: the user's, or its class's, numbered if repeated.
 
     Raises:
         TypeError: If ``losses`` is neither a list nor a mapping, or holds something else.
-        ValueError: If a name is one that the log needs for something else, or no plain word.
+        ValueError: If a name is reserved in the log, or not an identifier.
     """
     if not isinstance(losses, (list, tuple, Mapping, nn.ModuleList)):
         raise TypeError(
@@ -202,7 +202,7 @@ def losses_by_name(
             )
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f"Expected a name made of letters, digits and _ that no mapping uses for itself, "
+                f"Expected a name made of letters, digits and _ that is no method of a mapping, "
                 f"got {name!r} for {type(loss).__name__}: choose another name."
             )
     return found
@@ -211,11 +211,11 @@ def losses_by_name(
 def refuse_unknown_classes(
     losses: Iterable[DistillationLoss], teachers: Iterable[NetworkOutput]
 ) -> None:
-    """Raise ``ValueError`` where a loss cannot learn from a teacher of some classes only."""
+    """Raise ``ValueError`` if a loss cannot use a teacher of only some classes."""
     partial = any(bool((teacher.logits == -torch.inf).any()) for teacher in teachers)
     for loss in losses:
         if partial and not loss.takes_unknown_classes:
             raise ValueError(
                 f"Expected teachers that know all classes with {type(loss).__name__}, got one that "
-                f"knows some only: use SubsetTarget, or leave it out."
+                f"knows only some: use SubsetTarget, or leave it out."
             )

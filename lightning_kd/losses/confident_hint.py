@@ -13,18 +13,18 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class ConfidentHint(Hint):
-    """Match the teachers' last features, and trust a teacher by what it makes of the student's.
+    """Match the teachers' last features, and trust a teacher by how it classifies the student's.
 
-    The student's feature, projected to a teacher's shape, is pushed through that teacher's own
-    classifier; the lower the cross-entropy, the more that teacher's feature counts for the sample.
+    The student's feature, projected to a teacher's shape, is passed through that teacher's own
+    classifier; the lower the cross-entropy, the higher that teacher's weight for the sample.
     The module's weighting is not used.
 
     Args:
         student_layer: Dotted name of the student's last feature layer.
-        teacher_layer: Dotted name of the teachers' layer before the classifier; a list gives one
-            name for each teacher. Maps are averaged over positions before they are classified.
-        teacher_classifier: Dotted name of the teachers' classifier; a list gives one for each.
-        weight: Multiplier of this term in the total loss; 50 is the paper's.
+        teacher_layer: Dotted name of the teachers' layer before the classifier, or one name per
+            teacher. Maps are averaged over positions before they are classified.
+        teacher_classifier: Dotted name of the teachers' classifier, or one name per teacher.
+        weight: Multiplier of this loss in the total; 50 in the paper.
 
     Source:
         Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equations 4 to 6.
@@ -41,7 +41,7 @@ class ConfidentHint(Hint):
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight=weight)
         self.teacher_classifier = teacher_classifier
-        self._classifiers = _Lent()
+        self._classifiers = _Unregistered()
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         """Find each teacher's classifier."""
@@ -54,7 +54,7 @@ class ConfidentHint(Hint):
                 f"{len(names)}."
             )
         found = (find_layer(teacher, name) for teacher, name in zip(teachers, names, strict=True))
-        self._classifiers = _Lent(found)
+        self._classifiers = _Unregistered(found)
 
     def forward(
         self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
@@ -73,8 +73,8 @@ class ConfidentHint(Hint):
         return (weights * torch.stack(distances)).sum(0).mean()
 
 
-class _Lent(tuple[nn.Module, ...]):
+class _Unregistered(tuple[nn.Module, ...]):
     """Parts of teachers: not registered, hence neither trained nor saved, and shared by copies."""
 
-    def __deepcopy__(self, memo: Any) -> _Lent:
+    def __deepcopy__(self, memo: Any) -> _Unregistered:
         return self

@@ -9,25 +9,25 @@ from lightning_kd.utils.checks import check_positive
 
 
 class DecoupledKL(DistillationLoss):
-    r"""Decoupled distillation (DKD): the target class and the other classes weigh separately.
+    r"""Decoupled distillation (DKD): the target class and the others are weighted separately.
 
     .. math:: \tau^2 (\alpha\, TCKD + \beta\, NCKD)
 
-    Several teachers are first averaged into one answer.
+    Several teachers are first averaged into one output.
 
     Args:
-        temperature: Softening of both sides, > 0.
-        target_weight: Alpha, of "target class against the rest".
-        other_weight: Beta, of "the rest among themselves"; 8 is the paper's, 1 to 10 are usual.
-        weight: Multiplier of this term in the total loss.
+        temperature: Softening of student and teachers, > 0.
+        target_weight: Alpha, for "target class against the rest".
+        other_weight: Beta, for "the rest among themselves"; 8 in the paper, 1 to 10 are usual.
+        weight: Multiplier of this loss in the total.
 
     Raises:
         ValueError: If the temperature is not positive.
 
     Source:
         Zhao et al. 2022, https://arxiv.org/abs/2203.08679, equation 7. Differs from the paper:
-        where a sample has no label, the teachers' most likely class stands in; the paper ramps the
-        weight up over 20 epochs, for which there is ``LossWeightScheduler``.
+        where a sample has no label, the teachers' most likely class is used; the paper ramps the
+        weight up over 20 epochs, which ``LossWeightScheduler`` can do.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class DecoupledKL(DistillationLoss):
         self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
     ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
-        # log-probabilities at temperature T, times T, are logits that give them back at T
-        answer = teachers.log_probabilities(self.temperature) * self.temperature
+        # log-probabilities at temperature T, times T, are logits that yield them again at T
+        ensemble = teachers.log_probabilities(self.temperature) * self.temperature
         if target is None:
-            target = answer.argmax(1)
+            target = ensemble.argmax(1)
         values = decoupled_kl(
             student.logits,
-            answer,
+            ensemble,
             target,
             self.temperature,
             self.target_weight,

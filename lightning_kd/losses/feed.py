@@ -17,13 +17,13 @@ class FEED(LayerLoss):
 
     Args:
         student_layer: Dotted name of a convolutional student layer, usually of the last stage.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
         depth: Number of 3x3 convolutions in each transform.
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total.
 
     Source:
         Park & Kwak 2019, https://arxiv.org/abs/1909.10754, equation 2. Differs from the paper:
-        weighted mean over the teachers instead of their sum; other shapes are resized to.
+        weighted mean over the teachers instead of their sum; maps of other sizes are resized.
     """
 
     def __init__(

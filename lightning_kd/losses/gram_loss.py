@@ -22,20 +22,20 @@ Metric = Literal["similarity_preserving", "log_euclidean"]
 
 
 class GramLoss(Float32State, LayerLoss):
-    """Let the student find the same samples of a batch similar as its teachers do.
+    """Match the similarities that the teachers find between the samples of a batch.
 
-    Needs no adapter, whatever the shapes. Works on a rank's own batch.
+    Needs no adapter, whatever the shapes. Works on each rank's own batch.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
         metric: ``"similarity_preserving"`` (row-normalised Gram matrices; a weight of 3000 is
             usual) or ``"log_euclidean"`` (matrix logarithms of cosine similarities).
         epsilon: Added to the diagonal before the logarithm.
-        learn_weights: Learn how far each teacher is trusted, instead of the module's weighting:
-            up for a teacher whose gradient agrees with that of the labelled samples.
-        learning_rate: Of those weights; they stay >= 0 and sum to 1.
-        weight: Multiplier of this term in the total loss.
+        learn_weights: Learn how much each teacher is trusted, instead of the module's weighting:
+            more for a teacher whose gradient agrees with that of the labelled samples.
+        learning_rate: Learning rate of those weights, which stay >= 0 and sum to 1.
+        weight: Multiplier of this loss in the total.
 
     Raises:
         ValueError: If the metric is unknown.
@@ -73,7 +73,7 @@ class GramLoss(Float32State, LayerLoss):
             self.register_buffer("trust", torch.full((count,), 1 / count))
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
-        """Of the whole batch, a scalar."""
+        """For the whole batch, a scalar."""
         if self.metric == "log_euclidean":
             return log_euclidean_distance(student, teacher, self.epsilon)
         return similarity_distance(student, teacher)
@@ -104,22 +104,22 @@ class GramLoss(Float32State, LayerLoss):
         target: Tensor,
     ) -> None:
         task = task_cross_entropy(student.logits, target).sum()
-        # only directions count: scaled up, they do not underflow in half precision
+        # only directions matter; scaled up, gradients do not underflow in half precision
         scale = torch.full((), 2.0**16, device=feature.device)
-        (wanted,) = torch.autograd.grad(
+        (task_gradient,) = torch.autograd.grad(
             task, feature, scale.to(task), retain_graph=True, allow_unused=True
         )
-        if wanted is None:
+        if task_gradient is None:
             raise ValueError(
-                f"Expected the student's logits to depend on {self.student_layer!r}, they do not: "
-                f"choose another layer, or learn_weights=False."
+                f"Expected the student's logits to depend on {self.student_layer!r}, but they "
+                f"do not: choose another layer, or learn_weights=False."
             )
-        offered = [
+        gradients = [
             torch.autograd.grad(value, feature, scale.to(value), retain_graph=True)[0].flatten()
             for value in values
         ]
         agreement = torch.cosine_similarity(
-            wanted.flatten()[None].float(), torch.stack(offered).float()
+            task_gradient.flatten()[None].float(), torch.stack(gradients).float()
         ).nan_to_num(0.0)
         agreement = sum_over_ranks(agreement) / world_size()
         step = torch.zeros_like(self.trust)

@@ -18,22 +18,22 @@ class GraphDistillation(LayerLoss):
 
     .. math:: \sum_m e_m [\lambda_z \tau^2 KL(p_m^T \| p_S^T) + \lambda_f\, d(f_m, \phi_m(f_S))]
 
-    The edges e are a softmax over the teachers (and the student's own edge, whose score stays 0:
-    what goes to itself is not distilled). They learn through the loss that they weigh, together
-    with the student; the module's weighting is not used.
+    The edges e are a softmax over the teachers (and the student's own edge, whose score stays 0 and
+    which adds no loss). They are trained through the loss that they weight, together with the
+    student; the module's weighting is not used.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
         edges: ``"sample"``: a small network on a teacher's feature and logits scores each sample
             (Luo et al.); ``"vertex"``: one learned score for each teacher (Zhang & Peng).
         distance: ``"cosine"`` of the features of each sample, or ``"mmd"`` of their distribution
             over the batch under a bilinear kernel.
         temperature: Softening of the logits, > 0.
-        logit_weight: Lambda of the logits.
-        feature_weight: Lambda of the features.
+        logit_weight: Lambda, multiplier of the divergence of the logits.
+        feature_weight: Lambda, multiplier of the distance of the features.
         self_edge: Whether the student has an edge of its own, which takes trust from the teachers.
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total.
 
     Raises:
         ValueError: If an option is unknown or the temperature is not positive.
@@ -41,7 +41,7 @@ class GraphDistillation(LayerLoss):
     Source:
         Zhang & Peng 2018, "Better and Faster", IJCAI; Luo et al. 2018, "Graph Distillation for
         Action Detection with Privileged Modalities", https://arxiv.org/abs/1712.00108, equation 4.
-        Differs from the papers: no code exists; KL stands for the optimal transport of the logits
+        Differs from the papers: no code exists; KL replaces the optimal transport of the logits
         graph, and features are averaged over positions.
     """
 
@@ -76,10 +76,10 @@ class GraphDistillation(LayerLoss):
         """Make a projection and a scorer for each teacher."""
         if self.projections:
             return
-        mine = global_average_pool(self.student_feature(student)).shape[1]
+        student_width = global_average_pool(self.student_feature(student)).shape[1]
         for m, teacher in enumerate(teachers):
             width = global_average_pool(self.teacher_feature(m, teacher)).shape[1]
-            self.projections.append(nn.Linear(mine, width))
+            self.projections.append(nn.Linear(student_width, width))
             inputs = width + teacher.logits.shape[1] if self.edges == "sample" else 1
             hidden = [nn.Linear(inputs, 32), nn.ReLU()] if self.edges == "sample" else []
             last = nn.Linear(32 if hidden else 1, 1)
@@ -91,19 +91,20 @@ class GraphDistillation(LayerLoss):
         self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
     ) -> Tensor:
         """Scalar; see ``DistillationLoss.forward``."""
-        mine = global_average_pool(self.student_feature(student))
+        student_feature = global_average_pool(self.student_feature(student))
         scores, values = [], []
         for m, teacher in zip(teachers.indices, teachers.outputs, strict=True):
-            theirs = global_average_pool(self.teacher_feature(m, teacher))
+            teacher_feature = global_average_pool(self.teacher_feature(m, teacher))
             scorer = self.scorers[m]
-            kind = next(scorer.parameters()).dtype
-            seen = theirs.new_ones(len(theirs), 1, dtype=kind)
+            dtype = next(scorer.parameters()).dtype
+            inputs = teacher_feature.new_ones(len(teacher_feature), 1, dtype=dtype)
             if self.edges == "sample":
-                seen = torch.cat([theirs.to(kind), teacher.logits.to(kind)], 1)
-            scores.append(scorer(seen)[:, 0])
+                inputs = torch.cat([teacher_feature.to(dtype), teacher.logits.to(dtype)], 1)
+            scores.append(scorer(inputs)[:, 0])
             t = self.temperature
             logits = t**2 * kl_divergence(student.logits, teacher.logits, t, t)
-            features = _vertex_distance(self.projections[m](mine), theirs, self.distance)
+            projected = self.projections[m](student_feature)
+            features = _vertex_distance(projected, teacher_feature, self.distance)
             values.append(self.logit_weight * logits + self.feature_weight * features)
         if self.self_edge:
             scores.append(torch.zeros_like(scores[0]))

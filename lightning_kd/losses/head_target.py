@@ -15,21 +15,21 @@ class HeadTarget(DistillationLoss):
 
     .. math:: \sum_m w_m \, \tau^2 KL(p_m^T \| h_m^T)
 
-    The student is a ``MultiBranch`` of as many branches as there are teachers; its heads are kept,
-    and where they disagree the student is uncertain (``MultiBranch.answers``).
+    The student is a ``MultiBranch`` with one branch per teacher; its heads are kept, and where they
+    disagree the student is uncertain (``MultiBranch.branch_logits``).
 
     Args:
-        heads: How many heads and teachers.
-        temperature: Softening of both sides, > 0.
-        weight: Multiplier of this term in the total loss.
+        heads: Number of heads, and of teachers.
+        temperature: Softening of student and teachers, > 0.
+        weight: Multiplier of this loss in the total.
 
     Raises:
-        ValueError: If a number is not positive, there is another number of teachers, or the
-            student has no such heads.
+        ValueError: If a number is not positive, or teachers or the student's heads differ from
+            ``heads`` in number.
 
     Source:
         Tran et al. 2020, https://arxiv.org/abs/2001.04694, section 3.1. First train one head on the
-        mean of all teachers (``SoftTarget``), then give it to ``MultiBranch(alike=True)``.
+        mean of all teachers (``SoftTarget``), then pass it to ``MultiBranch(alike=True)``.
     """
 
     def __init__(self, heads: int, temperature: float = 4.0, weight: float = 1.0) -> None:
@@ -43,7 +43,7 @@ class HeadTarget(DistillationLoss):
         return [f"branches.{m}" for m in range(self.heads)]
 
     def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
-        """See that every teacher has a head."""
+        """Check that every teacher has a head."""
         if len(teachers) != self.heads:
             raise ValueError(
                 f"Expected a head for each of {len(teachers)} teachers, got heads={self.heads}: "
@@ -51,7 +51,7 @@ class HeadTarget(DistillationLoss):
             )
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """See that the student has as many heads."""
+        """Check that the student has as many heads."""
         branches = getattr(student, "branches", None)
         if isinstance(branches, nn.ModuleList) and len(branches) != self.heads:
             raise ValueError(
@@ -65,7 +65,7 @@ class HeadTarget(DistillationLoss):
         t = self.temperature
         return t**2 * teachers.average(
             [
-                kl_divergence(student.feature(f"branches.{m}"), said.logits, t, t)
-                for m, said in zip(teachers.indices, teachers.outputs, strict=True)
+                kl_divergence(student.feature(f"branches.{m}"), teacher.logits, t, t)
+                for m, teacher in zip(teachers.indices, teachers.outputs, strict=True)
             ]
         )

@@ -11,20 +11,20 @@ from lightning_kd.outputs import NetworkOutput
 
 
 class Hint(LayerLoss):
-    """Match a student layer to a teacher layer, through one learned projection a teacher.
+    """Match a student layer to a teacher layer, through one learned projection per teacher.
 
-    Projections size themselves from a dry run, are trained with the student and are not exported.
+    Projections are sized by a dry run, trained with the student, and not exported.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
         power: 1 (absolute) or 2 (squared) difference.
-        adapter: Use projections; without them both layers must have one shape.
-        weight: Multiplier of this term in the total loss; 100 is usual for squared differences.
+        adapter: Use projections; without them both layers must have the same shape.
+        weight: Multiplier of this loss in the total; 100 is usual for squared differences.
 
     Source:
         Romero et al. (FitNets), https://arxiv.org/abs/1412.6550, equation 3. Differs from the
-        paper: one stage, trained jointly with the other terms, as RepDistiller does.
+        paper: one stage, trained jointly with the other losses, as in RepDistiller.
     """
 
     def __init__(

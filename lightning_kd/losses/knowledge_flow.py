@@ -14,23 +14,23 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class KnowledgeFlow(LayerLoss):
-    r"""Let teachers' features flow into the student while it trains, and wean it from them.
+    r"""Let teachers' features flow into the student during training, and wean it off them.
 
-    While training, the student's layer outputs :math:`w_0 x_S + \sum_m w_m Q_m(x_m)` with learned
+    In training, the student's layer outputs :math:`w_0 x_S + \sum_m w_m Q_m(x_m)` with learned
     projections Q and w a softmax of learned scores. The loss is the dependency
     :math:`-\log w_0`: raise its weight during training (``LossWeightScheduler`` on
     ``losses.knowledge_flow``), so that the student stands alone at the end. In validation, test and
-    export it always does. One instance a layer.
+    export it always does. One instance per layer.
 
     Args:
         student_layer: Dotted name of the student layer that teachers flow into.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        weight: Multiplier of this term in the total loss.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
+        weight: Multiplier of this loss in the total.
 
     Source:
         Liu et al. 2019, https://openreview.net/forum?id=BJeOioA9Y7, equations 1 and 2. Differs from
         the paper: one teacher layer for each student layer, and no term that keeps the student near
-        its answer of before, which needs the weights of an earlier step.
+        its earlier output, which needs the weights of an earlier step.
     """
 
     changes_student = True
@@ -45,7 +45,7 @@ class KnowledgeFlow(LayerLoss):
 
     @property
     def independence(self) -> Tensor:
-        """Share of the student's own feature in what its layer says, in (0, 1)."""
+        """Share of the student's own feature in its layer's output, in (0, 1)."""
         return self.scores.softmax(0)[0]
 
     def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
@@ -57,7 +57,7 @@ class KnowledgeFlow(LayerLoss):
             self.scores = nn.Parameter(torch.zeros(1 + len(teachers)))
 
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Hook the student's layer, again where it was replaced (SyncBatchNorm does)."""
+        """Hook the student's layer, again if it was replaced (as by SyncBatchNorm)."""
         if self._handle is not None:
             self._handle.remove()
         layer = find_layer(student, self.student_layer)
@@ -68,7 +68,7 @@ class KnowledgeFlow(LayerLoss):
         self._flow = (teachers, indices)
 
     def mix(self, own: Tensor) -> Tensor:
-        """Student's feature with the teachers' mixed in, the shape of ``own``."""
+        """Student's feature with the teachers' mixed in, in the shape of ``own``."""
         assert self._flow is not None
         members, indices = self._flow
         shares = _shares(self.scores, indices)
@@ -104,9 +104,9 @@ class _Inflow:
         return None if idle else self.flow.mix(output)
 
     def __deepcopy__(self, memo: Any) -> _Inflow:
-        """A copy of the student (for an export) has no teachers to listen to."""
-        return _Inflow(_Nothing())  # type: ignore[arg-type]
+        """A copy of the student (for an export) has no teachers to mix in."""
+        return _Inflow(_NoFlow())  # type: ignore[arg-type]
 
 
-class _Nothing:
+class _NoFlow:
     _flow = None

@@ -11,7 +11,7 @@ class LogitMSE(DistillationLoss):
     """Mean squared difference between the student's and each teacher's logits.
 
     Args:
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total.
 
     Source:
         Ba & Caruana 2014, https://arxiv.org/abs/1312.6184, equation 1 (mean over classes here).

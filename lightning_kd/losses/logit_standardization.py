@@ -10,15 +10,15 @@ from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 
 class LogitStandardization(SoftTarget):
-    """Soft targets of z-scored logits: the student matches relations, not the teachers' scale.
+    """Soft targets from z-scored logits: the student matches relations, not the teachers' scale.
 
-    Each teacher is standardised before teachers are averaged, which also makes teachers of
+    Each teacher's logits are standardised before they are averaged, which also makes teachers of
     different logit scale comparable.
 
     Args:
-        temperature: Softening of both sides, in standard deviations, > 0.
+        temperature: Softening of student and teachers, in standard deviations, > 0.
         temperature_squared: Multiply by the temperature squared.
-        weight: Multiplier of this term in the total loss; 9 is usual.
+        weight: Multiplier of this loss in the total; 9 is usual.
 
     Raises:
         ValueError: If the temperature is not positive.

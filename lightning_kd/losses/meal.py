@@ -31,17 +31,17 @@ class MEAL(LayerLoss):
     .. math:: \gamma\, CE(\mathrm{softmax}\, x_m, \mathrm{softmax}\, x_S) + \eta\, BCE(D_m)
 
     Features are averaged over positions, the student's mapped to the teacher's width. The
-    discriminator learns to tell them apart; through a gradient reversal the student learns to be
-    taken for the teacher in the same step, so that automatic optimization does. One instance a
-    level. The paper asks one random teacher each batch: use the weighting ``Switching``.
+    discriminator learns to tell them apart; through a gradient reversal the student learns to fool
+    it in the same step, so automatic optimization suffices. One instance per level. The paper uses
+    one random teacher per batch, as the weighting ``Switching`` does.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        similarity_weight: Gamma, of the divergence of the softmaxed features; as a KL divergence,
-            whose gradient is the cross-entropy's and whose least value is 0.
-        adversarial_weight: Eta, of the discriminator's binary cross-entropy.
-        weight: Multiplier of this term in the total loss.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
+        similarity_weight: Gamma, multiplier of the divergence of the softmaxed features; KL, which
+            has the gradient of the cross-entropy and a minimum of 0.
+        adversarial_weight: Eta, multiplier of the discriminator's binary cross-entropy.
+        weight: Multiplier of this loss in the total.
 
     Source:
         Shen et al. 2019, https://arxiv.org/abs/1812.02425, equations 4 to 8. Differs from the
@@ -66,10 +66,10 @@ class MEAL(LayerLoss):
         """Make a projection and a discriminator for each teacher."""
         if self.discriminators:
             return
-        mine = global_average_pool(self.student_feature(student)).shape[1]
+        student_width = global_average_pool(self.student_feature(student)).shape[1]
         for m, teacher in enumerate(teachers):
             width = global_average_pool(self.teacher_feature(m, teacher)).shape[1]
-            self.projections.append(nn.Linear(mine, width))
+            self.projections.append(nn.Linear(student_width, width))
             self.discriminators.append(
                 nn.Sequential(
                     nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
@@ -79,19 +79,19 @@ class MEAL(LayerLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
         """Per sample, shape (B,)."""
-        mapped, theirs = (
+        mapped, pooled = (
             self.projections[index](global_average_pool(student)),
             global_average_pool(teacher),
         )
         fake = self.discriminators[index](_Reverse.apply(mapped))
-        real = self.discriminators[index](theirs)
-        similarity = kl_divergence(mapped, theirs)
-        return self.similarity_weight * similarity + self.adversarial_weight * _told_apart(
+        real = self.discriminators[index](pooled)
+        similarity = kl_divergence(mapped, pooled)
+        return self.similarity_weight * similarity + self.adversarial_weight * _discriminator_loss(
             real, fake
         )
 
 
 @full_precision
-def _told_apart(real: Tensor, fake: Tensor) -> Tensor:
-    """Binary cross-entropy of a discriminator's two answers (B, 1), per sample."""
+def _discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Binary cross-entropy of a discriminator's two outputs (B, 1), per sample."""
     return (F.softplus(-real) + F.softplus(fake))[:, 0] / 2

@@ -7,14 +7,14 @@ from lightning_kd.losses.base import LayerLoss
 
 
 class NST(LayerLoss):
-    """Neuron selectivity transfer: what the student's channels react to is distributed alike.
+    """Neuron selectivity transfer: match the distribution of channel activations.
 
     Squared maximum mean discrepancy between the two sets of channels; needs no adapter.
 
     Args:
         student_layer: Dotted name of a convolutional student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        weight: Multiplier of this term in the total loss; 50 is usual.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
+        weight: Multiplier of this loss in the total; 50 is usual.
 
     Source:
         Huang & Wang 2017, https://arxiv.org/abs/1707.01219, equation 7, polynomial kernel.

@@ -11,14 +11,14 @@ class Relational(LayerLoss):
 
     .. math:: \lambda_d\, L_{distance} + \lambda_a\, L_{angle}
 
-    Needs no adapter, whatever the shapes. Works on a rank's own batch.
+    Needs no adapter, whatever the shapes. Works on each rank's own batch.
 
     Args:
         student_layer: Dotted name of a student layer, usually the last before the classifier.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        distance_weight: Of the distances.
-        angle_weight: Of the angles, whose memory grows with the cube of the batch; 0: not computed.
-        weight: Multiplier of this term in the total loss.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
+        distance_weight: Multiplier of the distances.
+        angle_weight: Multiplier of the angles; memory grows with the batch size cubed; 0: skipped.
+        weight: Multiplier of this loss in the total.
 
     Source:
         Park et al. 2019, https://arxiv.org/abs/1904.05068, equations 5 to 9; weights 25 and 50.
@@ -36,7 +36,7 @@ class Relational(LayerLoss):
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
-        """Of the whole batch, a scalar."""
+        """For the whole batch, a scalar."""
         loss = self.distance_weight * relational_distance(student, teacher)
         if self.angle_weight:
             loss = loss + self.angle_weight * relational_angle(student, teacher)

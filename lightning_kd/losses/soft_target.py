@@ -9,19 +9,19 @@ from lightning_kd.utils.checks import check_positive
 
 
 class SoftTarget(DistillationLoss):
-    r"""KL divergence from the teachers' softened mean answer to the student's (Hinton).
+    r"""KL divergence from the teachers' softened mean output to the student's (Hinton).
 
     .. math:: \tau^2 \sum_k p_k^T (\log p_k^T - \log p_k^S)
 
     Summed over classes, averaged over samples.
 
     Args:
-        temperature: Softening of both sides, > 0.
-        student_temperature: Softening of the student alone; ``null``: ``temperature``.
-        teacher_temperature: Softening of the teachers alone; ``null``: ``temperature``.
+        temperature: Softening of student and teachers, > 0.
+        student_temperature: Softening of the student alone; ``None``: ``temperature``.
+        teacher_temperature: Softening of the teachers alone; ``None``: ``temperature``.
         temperature_squared: Multiply by the student's temperature squared, so that the gradient's
             size does not depend on it.
-        weight: Multiplier of this term in the total loss.
+        weight: Multiplier of this loss in the total.
 
     Raises:
         ValueError: If a temperature is not positive.
@@ -58,6 +58,6 @@ class SoftTarget(DistillationLoss):
         """Scalar; see ``DistillationLoss.forward``."""
         hot = self.temperature if self.student_temperature is None else self.student_temperature
         cold = self.temperature if self.teacher_temperature is None else self.teacher_temperature
-        answer = teachers.log_probabilities(cold)
-        divergence = kl_divergence(student.logits, answer, student_temperature=hot).mean()
+        ensemble = teachers.log_probabilities(cold)
+        divergence = kl_divergence(student.logits, ensemble, student_temperature=hot).mean()
         return divergence * hot**2 if self.temperature_squared else divergence

@@ -10,20 +10,20 @@ from lightning_kd.utils.checks import check_positive
 
 
 class SubsetTarget(DistillationLoss):
-    r"""Soft targets of teachers that know different classes.
+    r"""Soft targets from teachers of different classes.
 
     .. math:: \tau^2 \sum_m w_m KL(p_m^T \| \mathrm{softmax}(z^S_{L_m} / \tau))
 
     The student is compared with each teacher on that teacher's classes alone, renormalised; the
-    mass that it gives to other classes is not the teacher's business. Averaging answers that are
-    padded with zeros instead is biased, however good the teachers are. A teacher says which classes
-    it knows by ``lightning_kd.Teacher(network, classes=[...], num_classes=...)``.
+    mass that it gives to other classes is ignored. Averaging outputs that are padded with zeros
+    instead is biased, however good the teachers are. Declare a teacher's classes with
+    ``lightning_kd.Teacher(network, classes=[...], num_classes=...)``.
 
     Args:
-        temperature: Softening of both sides, > 0.
+        temperature: Softening of student and teachers, > 0.
         temperature_squared: Multiply by the temperature squared.
-        own_samples: Ask a teacher only about samples whose label is one of its classes.
-        weight: Multiplier of this term in the total loss.
+        own_samples: Use a teacher only for samples whose label is one of its classes.
+        weight: Multiplier of this loss in the total.
 
     Raises:
         ValueError: If the temperature is not positive.
@@ -62,7 +62,7 @@ class SubsetTarget(DistillationLoss):
             if self.own_samples and target is not None:
                 label = target.clamp(min=0)[:, None]
                 foreign = unknown.gather(1, label)[:, 0] & (target >= 0)
-                if foreign.dim() > 1:  # dense: a sample counts by its share of own positions
+                if foreign.dim() > 1:  # dense: weight a sample by its share of own positions
                     divergence = divergence * (1 - foreign.flatten(1).float().mean(1))
                 else:
                     divergence = divergence.masked_fill(foreign, 0.0)

@@ -11,7 +11,7 @@ from lightning_kd.models.branching import Branching
 
 
 class _Cut(fx.Tracer):
-    """Sees through the modules that hold the named layer, and takes all others as they are."""
+    """Traces into the modules that contain the named layer, and treats all others as leaves."""
 
     def __init__(self, layer: str) -> None:
         super().__init__()
@@ -56,24 +56,24 @@ def _trace(network: nn.Module, layer: str) -> fx.Graph:
     if str(graphs[0]) != str(graphs[1]):
         raise ValueError(
             f"Expected {type(network).__name__} to be the same graph in train() and eval(), but a "
-            f"function in its forward reads the mode: use modules, nn.Dropout say, instead."
+            f"function in its forward reads the mode: use modules such as nn.Dropout instead."
         )
     return graphs[0]
 
 
 def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut a network behind a named layer into what leads to it and what follows.
+    """Cut a network after a named layer into what leads up to it and what follows.
 
     Parameters keep their names and are shared with ``network``.
 
     Raises:
         ValueError: If there is no such layer, or a later layer reads something from before the cut.
     """
-    find_layer(network, layer)  # a wrong name is told with near ones
+    find_layer(network, layer)  # reports an unknown name with similar ones
     graph = _trace(network, layer)
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == layer]
     if len(calls) != 1:
-        raise ValueError(f"Expected layer {layer!r} to be called once, it is {len(calls)} times.")
+        raise ValueError(f"Expected layer {layer!r} to be called once, got {len(calls)} calls.")
     trunk = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     nodes = list(graph.nodes)
@@ -82,35 +82,35 @@ def split_at(network: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphMo
         copied[node] = trunk.node_copy(node, lambda n: copied[n])
     trunk.output(copied[calls[0]])
     branch = fx.Graph()
-    behind: dict[fx.Node, fx.Node] = {calls[0]: branch.placeholder("features")}
+    after: dict[fx.Node, fx.Node] = {calls[0]: branch.placeholder("features")}
 
     def find(node: fx.Node) -> fx.Node:
-        if node not in behind:
+        if node not in after:
             raise ValueError(
-                f"Expected everything behind layer {layer!r} to read from it alone, but "
+                f"Expected everything after layer {layer!r} to read from it alone, but "
                 f"{node.name!r} from before it is read too: cut at another layer."
             )
-        return behind[node]
+        return after[node]
 
     for node in nodes[cut + 1 :]:
-        behind[node] = branch.node_copy(node, find)
+        after[node] = branch.node_copy(node, find)
     return fx.GraphModule(network, trunk), fx.GraphModule(network, branch)
 
 
 class MultiBranch(Branching):
     """Several networks that share everything up to a layer.
 
-    The trunk runs once. Each branch is as the given network behind the cut, with initial weights of
-    its own; trunk and one branch together have the parameters of the given network, by name, which
-    is how a branch is exported.
+    The trunk runs once. Each branch is the part of the given network after the cut, with initial
+    weights of its own; trunk and one branch together have the parameters of the given network, by
+    name, which is how a branch is exported.
 
     Args:
         network: Any network that ``torch.fx`` can trace down to the cut.
         layer: Dotted name of the last shared layer.
-        branches: How many, at least 2.
+        branches: Number of branches, at least 2.
         scale_gradient: Divide the gradient at the cut by the number of branches, so that the trunk
             gets their mean instead of their sum.
-        alike: Let all branches begin with the given network's weights, instead of new ones.
+        same_weights: Start all branches from the given network's weights, instead of new ones.
 
     Raises:
         ValueError: If the layer does not exist or the network cannot be cut there.
@@ -126,17 +126,17 @@ class MultiBranch(Branching):
         layer: str,
         branches: int = 3,
         scale_gradient: bool = False,
-        alike: bool = False,
+        same_weights: bool = False,
     ) -> None:
         super().__init__()
         if branches < 2:
             raise ValueError(f"Expected at least 2 branches, got {branches}.")
         self.init_args = {
             "network": network, "layer": layer, "branches": branches,
-            "scale_gradient": scale_gradient, "alike": alike,
+            "scale_gradient": scale_gradient, "same_weights": same_weights,
         }  # fmt: skip
         self.trunk, first = split_at(network, layer)
-        if alike:
+        if same_weights:
             others = [copy.deepcopy(first) for _ in range(branches - 1)]
         else:
             others = [split_at(fresh(network), layer)[1] for _ in range(branches - 1)]
@@ -146,20 +146,20 @@ class MultiBranch(Branching):
 
     def shared(self, x: Tensor) -> Tensor:
         """Output of the trunk for images (B, C, H, W)."""
-        return self.scaled(self.trunk(x))
+        return self.branch_input(self.trunk(x))
 
-    def scaled(self, features: Tensor) -> Tensor:
-        """Trunk's output, with its gradient divided if asked for."""
+    def branch_input(self, features: Tensor) -> Tensor:
+        """Trunk's output, with its gradient divided if ``scale_gradient``."""
         if self.scale_gradient:
             features = _Divide.apply(features, float(len(self.branches)))
         return features
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean probabilities of all branches as logits, shape (B, K)."""
-        return self.answers(x).log_softmax(2).logsumexp(0)
+        return self.branch_logits(x).log_softmax(2).logsumexp(0)
 
-    def answers(self, x: Tensor) -> Tensor:
-        """Logits of each branch, shape (branches, B, K); how far they differ is the uncertainty."""
+    def branch_logits(self, x: Tensor) -> Tensor:
+        """Logits of each branch, shape (branches, B, K); their disagreement is the uncertainty."""
         features = self.shared(x)
         return torch.stack([branch(features) for branch in self.branches])
 
@@ -175,5 +175,5 @@ class MultiBranch(Branching):
         return found
 
     def branch_config(self, index: int, config: Any) -> Any:
-        """That of the given network."""
+        """Configuration of the given network."""
         return config["init_args"]["network"]

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 class Normalized(nn.Module):
     """A network with the input normalisation it was trained with.
 
-    The data modules give images in [0, 1]; each network normalises for itself, because real
-    teachers differ in it.
+    The data modules yield images in [0, 1]; each network normalises for itself, because real
+    teachers differ in that.
 
     Args:
         network: The network.
-        mean: Of each channel, for images in [0, 1].
-        std: Of each channel, > 0.
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel, > 0.
 
     Raises:
         ValueError: If the lengths differ or a std is not positive.
@@ -26,7 +26,7 @@ class Normalized(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ValueError(
-                f"Expected mean and std of one length, one number a channel, std > 0, got {mean} "
+                f"Expected mean and std of one length, a number per channel, std > 0, got {mean} "
                 f"and {std}."
             )
         self.init_args = {"network": network, "mean": mean, "std": std}  # for an export

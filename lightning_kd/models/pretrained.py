@@ -21,18 +21,18 @@ def pretrained(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> nn.Module:
-    """Load a network's weights, never by pickle.
+    """Load a network's weights, never with pickle.
 
     Reads safetensors, plain state dicts (bare, or under ``state_dict`` or ``model``; with a prefix
     such as ``module.`` or none), and Lightning checkpoints of this package, whose student is taken.
 
     Args:
-        checkpoint: File of weights.
-        network: The network to fill; ``null``: built from the ``.json`` beside the file that
+        checkpoint: File with the weights.
+        network: The network to load into; ``None``: built from the ``.json`` beside the file that
             ``ExportStudent`` writes.
         sha256: Expected hash of the file, in hexadecimal.
-        mean: Input mean of each channel, for images in [0, 1]; ``null``: what the file's metadata
-            or the ``.json`` says, else none.
+        mean: Input mean of each channel, for images in [0, 1]; ``None``: as in the file's metadata
+            or the ``.json``, else none.
         std: Input standard deviation of each channel, likewise.
 
     Returns:
@@ -91,7 +91,7 @@ def build_from_json(path: Path) -> nn.Module:
     spec = json.loads(path.read_text())
     if not spec.get("class_path"):
         raise ValueError(
-            f"{path} does not know how its network was built (it was made in Python): give "
+            f"{path} does not record how its network was built (it was built in Python): give "
             f"`network`."
         )
     parser = ArgumentParser(exit_on_error=False)
@@ -119,16 +119,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} needs pickle to load, which can run any code, or is no checkpoint at all. "
+            f"{path} needs pickle to load, which can run any code, or is not a checkpoint. "
             f"Save a plain state dict: torch.save(network.state_dict(), path), or safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is truncated or no checkpoint: {error}") from error
+        raise ValueError(f"{path} is truncated or not a checkpoint: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -154,7 +154,7 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     for key in state:
         parts = key.split(".")
         prefixes.update(".".join(parts[:n]) + "." for n in range(1, min(len(parts), 6)))
-    # the student wins over an equally good one: a checkpoint may hold several copies of a network
+    # the student wins a tie: a checkpoint may hold several copies of a network
     best = max(sorted(prefixes), key=lambda p: (hits(p), p.endswith("student."), -len(p)))
     state = {k.removeprefix(best): v for k, v in state.items() if k.startswith(best)}
     # old files lack this counter, which only cumulative BatchNorm averages read

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Resized(nn.Module):
-    """A network that is shown its images at the resolution it was trained on.
+    """A network that is given its images at the resolution it was trained at.
 
     Args:
         network: The network.

@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         channels: Channels of the output.
-        stride: Of the first convolution.
+        stride: Stride of the first convolution.
         shortcut: ``"pad"`` (option A) or ``"projection"`` (option B: 1x1 convolution).
     """
 
@@ -72,8 +72,8 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 6 n + 2: 8, 14, 20, 32, 44, 56, 110.
-        num_classes: Outputs; ``null``: the data's under the command line, else 10.
-        in_channels: 1 or 3; ``null``: the data's under the command line, else 3.
+        num_classes: Outputs; ``None``: from the data on the command line, else 10.
+        in_channels: 1 or 3; ``None``: from the data on the command line, else 3.
         width: Channels of the first stage; the next two have twice and four times as many.
         shortcut: ``"pad"`` (option A, as published for CIFAR) or ``"projection"`` (option B).
         stem_stride: 2 halves the resolution at once and makes the network four times cheaper.
@@ -101,7 +101,7 @@ class CifarResNet(nn.Module):
         check_positive(stem_stride, "stem_stride")
         if shortcut not in ("pad", "projection"):
             raise ValueError(f'Expected shortcut "pad" or "projection", got {shortcut!r}.')
-        self.init_args = {  # so that an export knows how to build it
+        self.init_args = {  # for rebuilding it from an export
             "depth": depth,
             "num_classes": num_classes,
             "in_channels": in_channels,
@@ -150,8 +150,8 @@ def _of_depth(depth: int) -> Callable[..., CifarResNet]:
     build.__doc__ = f"""Build a CIFAR ResNet of depth {depth}.
 
     Args:
-        num_classes: Outputs; ``null``: the data's under the command line, else 10.
-        in_channels: 1 or 3; ``null``: the data's under the command line, else 3.
+        num_classes: Outputs; ``None``: from the data on the command line, else 10.
+        in_channels: 1 or 3; ``None``: from the data on the command line, else 3.
         width: Channels of the first stage; the next two have twice and four times as many.
         shortcut: ``"pad"`` (option A, as published for CIFAR) or ``"projection"`` (option B).
         stem_stride: 2 halves the resolution at once and makes the network four times cheaper.

@@ -13,20 +13,20 @@ from lightning_kd.models.multi_branch import fresh, split_at
 
 
 class Tree(Branching):
-    r"""Networks that share their first blocks as the branches of a binary tree do.
+    r"""Networks that share their first blocks, like the branches of a binary tree.
 
-    The given network is cut behind each named layer. What comes before the first cut exists once,
+    The given network is cut after each named layer. What comes before the first cut exists once,
     what follows it twice, what follows the next four times: D cuts make :math:`2^D` leaves, each of
     them a whole network. The first :math:`2^b` leaves, in the order of their branches, are an
-    ensemble, and each such ensemble holds the smaller ones.
+    ensemble, and each such ensemble contains the smaller ones.
 
     Train it with ``PeerCohort`` and the exchange ``Hierarchical``: the peers are the ensembles, and
     each is exported as a tree of its own.
 
     Args:
         network: Any network that ``torch.fx`` can trace down to the cuts.
-        layers: Dotted names of the layers to cut behind, in the order in which they run.
-        models: How many leaves to have, from 1 to 2 ** D; ``null``: all.
+        layers: Dotted names of the layers to cut after, in the order in which they run.
+        models: Number of leaves, from 1 to 2 ** D; ``None``: all.
 
     Raises:
         ValueError: If a layer does not exist, the network cannot be cut there, or ``models`` is out
@@ -42,7 +42,7 @@ class Tree(Branching):
     ) -> None:
         super().__init__()
         if isinstance(layers, str) or not layers:
-            raise ValueError(f"Expected a list of layers to cut behind, got {layers!r}.")
+            raise ValueError(f"Expected a list of layers to cut after, got {layers!r}.")
         most = 2 ** len(layers)
         self.models = most if models is None else models
         if not 1 <= self.models <= most:
@@ -57,7 +57,7 @@ class Tree(Branching):
         for leaf in range(self.models):
             parts = _parts(network if leaf == 0 else fresh(network), layers)
             for level, part in enumerate(parts):
-                if leaf % 2 ** (len(layers) - level) == 0:  # the first leaf behind this branch
+                if leaf % 2 ** (len(layers) - level) == 0:  # the first leaf of this branch
                     levels[level].append(part)
         self.trunk = _Leaves(levels)
         counts = [2**b for b in range(len(layers) + 1) if 2**b < self.models]
@@ -66,14 +66,14 @@ class Tree(Branching):
         self.branches = nn.ModuleList(_First(count) for count in self.sizes)
 
     def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
-        """Mean logits (B, K) of the first leaves for images (B, C, H, W); no other one is run.
+        """Mean logits (B, K) of the first leaves for images (B, C, H, W); no others are run.
 
         Args:
             x: Images.
-            num_models: How many leaves, any number of them; ``None``: all.
+            num_models: Number of leaves; ``None``: all.
 
         Raises:
-            ValueError: If there are not so many.
+            ValueError: If there are fewer leaves.
         """
         count = self.models if num_models is None else num_models
         if not 1 <= count <= self.models:
@@ -113,7 +113,7 @@ class _Leaves(nn.Module):
         self.leaves = nn.Identity()  # so that an exchange can read them
 
     def walk(self, x: Tensor, level: int = 0, place: int = 0) -> Iterator[Tensor]:
-        """Logits of the leaves behind one branch, depth first."""
+        """Logits of the leaves of one branch, depth first."""
         branches = self.levels[level]
         assert isinstance(branches, nn.ModuleList)
         if place >= len(branches):
@@ -144,7 +144,7 @@ class _First(nn.Module):
 
 
 def _parts(network: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """What leads to each cut, and what follows the last."""
+    """What leads up to each cut, and what follows the last."""
     parts: list[nn.Module] = []
     rest: nn.Module = network
     for layer in layers:
@@ -154,7 +154,7 @@ def _parts(network: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
         except ValueError as error:
             raise ValueError(
                 f"Expected layers in the order in which they run, each once, got {list(layers)}: "
-                f"{layer!r} does not come behind those before it. ({error})"
+                f"{layer!r} does not come after those before it. ({error})"
             ) from error
         parts.append(part)
     return [*parts, rest]

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 
 class View(nn.Module, ABC):
-    """A way to look at images, and the way back for what is said of their places."""
+    """A transform of images, and its inverse for dense outputs."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) as they are seen."""
+        """Transform images (B, C, H, W)."""
 
     @abstractmethod
     def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
-        """What was said of places, (B, C, h, w), where they are in the image.
+        """Map dense outputs (B, C, h, w) back to the image.
 
         Args:
-            maps: Of what was seen, at any resolution.
+            maps: Outputs for the transformed images, at any resolution.
             size: Height and width of the image.
         """
 
@@ -71,7 +71,7 @@ class Scale(View):
 
     def back(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """See ``View``."""
-        if maps.shape[-2:] == (1, 1):  # pooled: it has no places
+        if maps.shape[-2:] == (1, 1):  # pooled: it has no positions
             return maps
         seen = self._seen(size)
         shape = [
@@ -84,18 +84,18 @@ class Scale(View):
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    # in full precision: there is no antialiasing of half on a CPU
+    # in full precision: there is no antialiasing of half precision on a CPU
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return F.interpolate(wide, tuple(size), mode="bilinear", antialias=True).to(x.dtype)
 
 
 def back(view: View, values: Tensor, x: Tensor) -> Tensor:
-    """What was said of ``x`` through a view, mapped back; whole images have no places."""
+    """Outputs for a view of ``x``, mapped back; those for whole images have no positions."""
     return view.back(values, x.shape[-2:]) if values.dim() > 3 else values
 
 
-def looks(views: Sequence[View], x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield numbers of views that give one shape, and what they show of ``x`` as one batch."""
+def grouped_views(views: Sequence[View], x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield indices of views that give one shape, and those views of ``x`` as one batch."""
     seen = [view(x) for view in views]
     by_shape: dict[torch.Size, list[int]] = {}
     for index, look in enumerate(seen):
@@ -105,11 +105,11 @@ def looks(views: Sequence[View], x: Tensor) -> Iterator[tuple[list[int], Tensor]
 
 
 def check_views(views: Sequence[View] | None) -> list[View]:
-    """Plain and mirrored, unless there are others.
+    """Checked views; plain and mirrored by default.
 
     Raises:
         ValueError: If there is no view.
-        TypeError: If one is something else.
+        TypeError: If one is not a ``View``.
     """
     if views is None:
         return [Plain(), Mirror()]

@@ -12,8 +12,8 @@ class WideBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         channels: Channels of the output.
-        stride: Of the first convolution.
-        dropout: Probability between the two convolutions.
+        stride: Stride of the first convolution.
+        dropout: Dropout probability between the two convolutions.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, dropout: float) -> None:
@@ -32,7 +32,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C_in, H, W) to (B, C, H / stride, W / stride)."""
         active = F.relu(self.bn1(x))
-        # the shortcut of a widening block starts behind the activation, as the authors' does
+        # the shortcut of a widening block starts after the activation, as the authors' does
         skip = x if self.shortcut is None else self.shortcut(active)
         out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
         summed: Tensor = out + skip
@@ -47,9 +47,9 @@ class WideResNet(nn.Module):
     Args:
         depth: 6 n + 4: 10, 16, 22, 28, 40.
         widen_factor: The groups have 16, 32 and 64 times as many channels.
-        num_classes: Outputs; ``null``: the data's under the command line, else 10.
-        in_channels: 1 or 3; ``null``: the data's under the command line, else 3.
-        dropout: Probability inside each block, in [0, 1).
+        num_classes: Outputs; ``None``: from the data on the command line, else 10.
+        in_channels: 1 or 3; ``None``: from the data on the command line, else 3.
+        dropout: Dropout probability inside each block, in [0, 1).
         stem_stride: 2 halves the resolution at once and makes the network four times cheaper.
 
     Raises:
@@ -73,7 +73,7 @@ class WideResNet(nn.Module):
             raise ValueError(f"Expected depth 6 n + 4 (10, 16, 22, 28, 40), got {depth}.")
         check_positive(widen_factor, "widen_factor")
         check_positive(stem_stride, "stem_stride")
-        self.init_args = {  # so that an export knows how to build it
+        self.init_args = {  # for rebuilding it from an export
             "depth": depth,
             "widen_factor": widen_factor,
             "num_classes": num_classes,
@@ -116,5 +116,5 @@ def wide_resnet(
     dropout: float = 0.0,
     stem_stride: int = 1,
 ) -> WideResNet:
-    """Build a Wide ResNet; arguments as of ``WideResNet``."""
+    """Build a Wide ResNet; arguments as for ``WideResNet``."""
     return WideResNet(depth, widen_factor, num_classes, in_channels, dropout, stem_stride)

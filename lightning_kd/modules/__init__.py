@@ -1,6 +1,7 @@
 """The paradigms, each a LightningModule."""
 
 from lightning_kd.modules.base import Distiller
+from lightning_kd.modules.checkpoint_io import DurableCheckpointIO
 from lightning_kd.modules.data_free import DataFree
 from lightning_kd.modules.multi_teacher import MultiTeacher
 from lightning_kd.modules.peer_cohort import PeerCohort
@@ -10,6 +11,7 @@ from lightning_kd.modules.supervised import Supervised
 __all__ = [
     "DataFree",
     "Distiller",
+    "DurableCheckpointIO",
     "MultiTeacher",
     "PeerCohort",
     "SubTeacher",

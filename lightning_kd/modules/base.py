@@ -47,6 +47,7 @@ class Distiller(LightningModule):
     """
 
     distillation: BaseDistillation
+    _own_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -60,10 +61,7 @@ class Distiller(LightningModule):
     ) -> None:
         super().__init__()
         if type(self) is Distiller:
-            raise TypeError(
-                "Distiller is the base of all paradigms: use MultiTeacher, SubTeacher, PeerCohort, "
-                "DataFree or Supervised."
-            )
+            raise TypeError("Distiller is the base of the paradigms: use MultiTeacher, say.")
         self.save_hyperparameters()
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(
@@ -75,6 +73,7 @@ class Distiller(LightningModule):
         self._optimizer, self._scheduler = optimizer, scheduler
         self._scheduler_interval = scheduler_interval
         self._own_metrics = dict(metrics or {})
+        self._ready = False  # whether a dry run was made
         self._rng: list[dict[str, Any]] | None = None
 
     # ------------------------------------------------------------------ what a subclass overrides
@@ -83,10 +82,8 @@ class Distiller(LightningModule):
         """Read images (B, C, H, W) and labels (B,) out of a batch; None: there are no labels."""
         if isinstance(batch, Tensor):
             return batch, None
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return batch[0], batch[1]
-        if isinstance(batch, (tuple, list)) and len(batch) == 1:
-            return batch[0], None
+        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+            return batch[0], batch[1] if len(batch) == 2 else None
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(f"Expected batches of (images, labels), got {got}: override unpack(batch).")
 
@@ -168,7 +165,7 @@ class Distiller(LightningModule):
         collection = self.metrics[stage]
         assert isinstance(collection, MetricCollection)
         metrics = dict(collection.items(keep_base=True))
-        own = {name: metrics.pop(name) for name in self.configure_metrics()}
+        own = {name: metrics.pop(name) for name in self._own_names}
         observe = stage == "val" and self.trainer.state.fn == "fit"
         output = self.distillation.update_metrics(metrics, x, target, observe)
         update_own(own, output, target)
@@ -186,9 +183,8 @@ class Distiller(LightningModule):
         if self._scheduler is None:
             return optimizer
         scheduler: Scheduler = self._scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self._scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = scheduler.monitor
+        plateau = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+        config = {"scheduler": scheduler, "interval": self._scheduler_interval, **plateau}
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -206,7 +202,7 @@ class Distiller(LightningModule):
         """Dry run on the shape of the data, before the optimizer and any copy is made."""
         if self._trainer is None:  # weights are loaded without a Trainer
             return
-        if not self.distillation.built:
+        if not self._ready:
             self._build(self._like_input(example_input(self, self.unpack)))
         self.distillation.attach()  # a fit with sync_batchnorm puts plain layers back
 
@@ -224,7 +220,7 @@ class Distiller(LightningModule):
                 f"Expected metrics whose names are free, got {taken}, which are measured already: "
                 f"choose other names."
             )
-        self.metrics = collect({**metrics, **own})
+        self.metrics, self._own_names, self._ready = collect({**metrics, **own}), tuple(own), True
 
     def _like_input(self, x: Tensor) -> Tensor:
         """Images on the module's device and in its precision, for a dry run."""
@@ -246,7 +242,7 @@ class Distiller(LightningModule):
             with torch.no_grad():
                 images = [x.to(self.device) for x in training_images(self, self.unpack)]
                 self.distillation.calibrate(images)
-        # a validation of its own leaves states behind that were made in inference mode
+        # a validation of its own leaves states that were made in inference mode
         for metrics in self.metrics.values():
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
@@ -290,7 +286,7 @@ class Distiller(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Size adapters before their weights are loaded."""
-        if not self.distillation.built and checkpoint.get("input_shape"):
+        if not self._ready and checkpoint.get("input_shape"):
             self._build(self._like_input(torch.zeros(1, *checkpoint["input_shape"])))
         self._rng = checkpoint.get("rng")
 
@@ -298,8 +294,7 @@ class Distiller(LightningModule):
         """Keep the plain configuration under the command line, plain values in Python.
 
         Live objects would be pickled into the checkpoint, which then loads no more with
-        ``weights_only``; and without their configuration a checkpoint of the command line could
-        not rebuild them.
+        ``weights_only``.
         """
         kept = hp if "_instantiator" in hp else {k: v for k, v in hp.items() if is_plain(v)}
         super()._set_hparams(kept)

@@ -16,13 +16,10 @@ from lightning_kd.distillation import Distillation
 from lightning_kd.distributed import broadcast_buffers, gather_objects, world_size
 from lightning_kd.functional import kl_divergence, logit_l1, logit_mse
 from lightning_kd.losses import DistillationLoss
+from lightning_kd.modules import manual_steps
 from lightning_kd.modules.base import Distiller
-from lightning_kd.modules.manual_steps import (
-    full_precision_if_scaled,
-    step_modules,
-    step_schedules,
-)
 from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.checks import check_positive
 from lightning_kd.utils.seeds import mixed_seed, seeded
 
 
@@ -104,10 +101,7 @@ class DataFree(Distiller):
             if value < 1:
                 raise ValueError(f"Expected {name} >= 1, got {value}.")
         if views is not None and (views < 1 or not (crop_padding or flip)):
-            raise ValueError(
-                f"Expected views >= 1 together with crop_padding or flip, got {views}: views of "
-                f"images that nobody augments are all alike."
-            )
+            raise ValueError(f"Expected views >= 1, with crop_padding or flip, got {views}.")
         if distance not in ("kl", "l1", "mse"):
             raise ValueError(f'Expected distance "kl", "l1" or "mse", got {distance!r}.')
         if reset_rounds and isinstance(generator, BaseGenerator) and not generator.can_reset:
@@ -117,8 +111,7 @@ class DataFree(Distiller):
             )
         if crop_padding < 0:
             raise ValueError(f"Expected crop_padding >= 0, got {crop_padding}.")
-        if temperature <= 0:
-            raise ValueError(f"Expected temperature > 0, got {temperature}.")
+        check_positive(temperature, "temperature")
         self.distillation = Distillation(student, [teacher], losses or [], task=self.task)
         self.teachers.why_not_whole = "a teacher whose layers are measured"
         self.synthesizer = ImageSynthesizer(
@@ -140,10 +133,7 @@ class DataFree(Distiller):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One round: synthesize images, remember them, distil."""
         if not isinstance(batch, Tensor) or batch.dim():
-            rank_zero_warn(
-                "DataFree learns without data, but its training batches hold some, which are not "
-                "used: give lightning_kd.data.Rounds."
-            )
+            rank_zero_warn("DataFree uses no training data: give it lightning_kd.data.Rounds.")
         self._begin_round()
         warming_up = self.rounds < self.warm_up
         images, losses = self._synthesize(warming_up)
@@ -152,7 +142,7 @@ class DataFree(Distiller):
         if not warming_up:
             losses |= self._distil(images)
             # not in the warm-up, which would spend the first rates
-            step_schedules(self, self._scheduler_interval)
+            manual_steps.step_schedules(self, self._scheduler_interval)
         self.rounds += 1
         return self._track(losses, self.student_steps * self.batch_size) if losses else None
 
@@ -175,7 +165,7 @@ class DataFree(Distiller):
         # the memory does not change within a round, and asking it talks to all processes
         share = self.memory.class_share() if self.memory is not None else None
         assert self.num_classes is not None
-        with full_precision_if_scaled(self):
+        with manual_steps.full_precision_if_scaled(self):
             images, losses = self.synthesizer.synthesize(
                 self.distillation, named, self.num_classes, share, warming_up, self._random
             )
@@ -218,7 +208,7 @@ class DataFree(Distiller):
             if core.losses:
                 more = core.distillation_losses(student, [teacher], (0,), None)
                 loss = loss + torch.stack(list(more.values())).sum()
-            step_modules(self, optimizer, loss, self.trainable_modules())
+            manual_steps.step_modules(self, optimizer, loss, self.trainable_modules())
             sums.append(loss.detach())
         return {"distil": torch.stack(sums).mean()}
 

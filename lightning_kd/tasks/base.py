@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -41,11 +41,17 @@ class Task(ABC):
         """Labels as losses, weightings and exchanges read them: (B, ...), -1 where unlabelled."""
 
     @abstractmethod
-    def check(self, outputs: Mapping[str, NetworkOutput], num_classes: int | None = None) -> None:
+    def check(
+        self,
+        students: Mapping[str, NetworkOutput],
+        teachers: Sequence[NetworkOutput] = (),
+        num_classes: int | None = None,
+    ) -> None:
         """Look at the outputs of a dry run.
 
         Args:
-            outputs: Of each network, by what it is called; whoever learns comes first.
+            students: Outputs of those that learn, by what they are called.
+            teachers: Output of each teacher.
             num_classes: Of the data, if it says so.
 
         Raises:

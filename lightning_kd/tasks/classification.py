@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -48,9 +48,15 @@ class Classification(Task):
         """Labels as they are, of soft labels (B, K, ...) the likeliest; None stays None."""
         return hard_labels(target)
 
-    def check(self, outputs: Mapping[str, NetworkOutput], num_classes: int | None = None) -> None:
+    def check(
+        self,
+        students: Mapping[str, NetworkOutput],
+        teachers: Sequence[NetworkOutput] = (),
+        num_classes: int | None = None,
+    ) -> None:
         """Raise ``ValueError`` unless data and all networks have the same number of classes."""
-        counts = {name: output.logits.shape[1] for name, output in outputs.items()}
+        named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
+        counts = {name: output.logits.shape[1] for name, output in {**students, **named}.items()}
         first, own = next(iter(counts.items()))
         if num_classes is not None and own != num_classes:
             raise ValueError(

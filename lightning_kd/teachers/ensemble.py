@@ -12,14 +12,14 @@ from lightning_kd.teachers.teacher import Teacher
 
 
 class TeacherEnsemble(nn.Module):
-    """Several frozen teachers, asked together.
+    """Several frozen teachers, run together.
 
     Args:
-        teachers: Networks, each of which is frozen, or ``Teacher``; one of them needs no list.
+        teachers: Networks, each of which is frozen, or ``Teacher``; a single one needs no list.
 
     Raises:
-        TypeError: If one is no network.
-        ValueError: If one ``Teacher`` is there twice.
+        TypeError: If one is not a network.
+        ValueError: If one ``Teacher`` is given twice.
     """
 
     #: why its networks cannot be cast, offloaded or compiled; empty: they can
@@ -39,7 +39,7 @@ class TeacherEnsemble(nn.Module):
         wrapped = [id(t) for t in teachers if isinstance(t, Teacher)]
         if len(set(wrapped)) < len(wrapped):
             raise ValueError(
-                "Expected each Teacher once, got one twice: wrap its network anew in each place."
+                "Expected each Teacher once, got one twice: wrap its network again in each place."
             )
         self.members = nn.ModuleList(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
         self._batched: Batched | None = None
@@ -62,7 +62,7 @@ class TeacherEnsemble(nn.Module):
         return [teacher.network for teacher in self]
 
     def refuse_weights_of(self, students: Iterable[nn.Module]) -> None:
-        """Raise ``ValueError`` if a teacher, which stays as it is, has weights of a student."""
+        """Raise ``ValueError`` if a teacher, which is frozen, shares weights with a student."""
         trained = {p.data_ptr() for student in students for p in student.parameters()} - {0}
         for index, teacher in enumerate(self):
             if any(p.data_ptr() in trained for p in teacher.network.parameters()):
@@ -72,7 +72,7 @@ class TeacherEnsemble(nn.Module):
                 )
 
     def labels(self) -> list[str]:
-        """What is written before each network's name in a report."""
+        """Prefix of each network's name in a report."""
         return [""] * len(self)
 
     def build(self, layers_of: Callable[[int], Sequence[str]], x: Tensor) -> list[NetworkOutput]:
@@ -97,11 +97,11 @@ class TeacherEnsemble(nn.Module):
     def forward(
         self, x: Tensor, indices: Sequence[int] | None = None, need_logits: bool = True
     ) -> list[NetworkOutput]:
-        """Outputs for images (B, C, H, W), with gradient to them where that is enabled.
+        """Outputs for images (B, C, H, W), with gradient to them if that is enabled.
 
         Args:
             x: Images.
-            indices: Which teachers; None: all.
+            indices: Which teachers; ``None``: all.
             need_logits: Run to the end; else only as far as layers are recorded.
         """
         chosen = range(len(self)) if indices is None else indices
@@ -116,12 +116,12 @@ class TeacherEnsemble(nn.Module):
         """Run all teachers as one network from now on; call it after ``build``.
 
         Raises:
-            ValueError: If there is one only, or they differ in more than their weights.
+            ValueError: If there is only one, or they differ in more than their weights.
         """
         layers = {teacher.tap.layers for teacher in self}
         if len(self) < 2 or len(layers) > 1:
             raise ValueError(
-                f"Expected two or more teachers whose same layers are read with batched=True, got "
+                f"Expected two or more teachers with the same layers read for batched=True, got "
                 f"{len(self)} with layers {sorted(layers)}: leave it out."
             )
         self._batched = Batched(self.networks(), self[0].tap, "teacher")
@@ -132,7 +132,7 @@ class TeacherEnsemble(nn.Module):
             teacher.freeze()
 
     def release(self) -> None:
-        """Give every network back as it was; see ``Teacher.release``."""
+        """Restore every network to its former state; see ``Teacher.release``."""
         for teacher in self:
             teacher.release()
 
@@ -142,7 +142,7 @@ class SubTeacherEnsemble(TeacherEnsemble):
 
     Args:
         teacher: The one network.
-        source: What makes several out of it.
+        source: What makes sub-teachers of it.
 
     Raises:
         TypeError: If ``source`` is something else.
@@ -170,7 +170,7 @@ class SubTeacherEnsemble(TeacherEnsemble):
         return self.source.networks(self[0])
 
     def labels(self) -> list[str]:
-        """What is written before each network's name in a report."""
+        """Prefix of each network's name in a report."""
         return [f"{type(self.source).__name__} of "] * len(self)
 
     def build(self, layers_of: Callable[[int], Sequence[str]], x: Tensor) -> list[NetworkOutput]:
@@ -198,5 +198,5 @@ class SubTeacherEnsemble(TeacherEnsemble):
             ValueError: Always.
         """
         raise ValueError(
-            "Expected teachers that are networks of their own with batched=True, got sub-teachers."
+            "Expected teachers that are separate networks with batched=True, got sub-teachers."
         )

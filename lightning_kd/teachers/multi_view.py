@@ -5,25 +5,25 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lightning_kd.models import View
-from lightning_kd.models.views import back, check_views, looks
+from lightning_kd.models.views import back, check_views, grouped_views
 from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
 
 
 class MultiView(SubTeachers):
-    """One teacher that looks at each image in several ways; what it says is mapped back.
+    """One teacher run on several views of each image; its outputs are mapped back.
 
-    Views of one size are one batch. Here the student sees labelled and unlabelled images with what
-    the teacher says of them now; to write its answers down once, see ``Averaged``.
+    Views of one size are one batch. Here the student sees labelled and unlabelled images with the
+    teacher's current outputs for them; to save its outputs once, see ``Averaged``.
 
     Args:
-        views: How to look, ``Plain``, ``Mirror`` or ``Scale`` of ``lightning_kd.models``; ``null``:
-            plain and mirrored.
+        views: ``Plain``, ``Mirror`` or ``Scale`` of ``lightning_kd.models``; ``None``: plain and
+            mirrored.
 
     Raises:
         ValueError: If there is no view.
-        TypeError: If one is something else.
+        TypeError: If one is not a view.
 
     Source:
         Radosavovic et al. 2018, "Data distillation: towards omni-supervised learning",
@@ -41,7 +41,7 @@ class MultiView(SubTeachers):
         """See ``SubTeachers.outputs``."""
         views = [view for index in indices if isinstance(view := self.views[index], View)]
         found: dict[int, NetworkOutput] = {}
-        for alike, images in looks(views, x):
+        for alike, images in grouped_views(views, x):
             output = teacher(images, need_logits)
             parts = output.logits.chunk(len(alike)) if need_logits else [output.logits] * len(alike)
             features = {n: v.chunk(len(alike)) for n, v in output.features.items()}

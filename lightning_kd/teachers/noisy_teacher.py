@@ -13,7 +13,7 @@ from lightning_kd.utils.seeds import seeded
 
 
 class NoisyTeacher(SubTeachers):
-    r"""One teacher whose logits are disturbed, for each sample with a certain probability.
+    r"""One teacher whose logits are perturbed, for each sample with a certain probability.
 
     .. math:: z' = z \cdot (1 + c \, \xi), \quad c \sim \mathrm{Bernoulli}(a), \;
         \xi \sim N(0, \sigma^2) \text{ for each logit}
@@ -21,10 +21,10 @@ class NoisyTeacher(SubTeachers):
     Without noise in validation.
 
     Args:
-        count: Disturbed answers a batch; the teacher runs once for all.
-        probability: That a sample is disturbed, :math:`a`, from 0 to 1.
+        count: Perturbed outputs per batch; the teacher runs once for all.
+        probability: That a sample is perturbed, :math:`a`, from 0 to 1.
         sigma: Standard deviation of the noise, >= 0.
-        seed: Of the noise; ``null``: that of the run.
+        seed: Of the noise; ``None``: that of the run.
 
     Raises:
         ValueError: If a number is out of range.
@@ -61,13 +61,13 @@ class NoisyTeacher(SubTeachers):
         return found
 
     def disturb(self, logits: Tensor, random: torch.Generator) -> Tensor:
-        """Noise on logits (B, K, ...); those of unknown classes stay minus infinity."""
-        # as one process would draw for all: each has its share of the batch
+        """Add noise to logits (B, K, ...); those of unknown classes stay minus infinity."""
+        # as one process would draw for all: each takes its share of the batch
         device, total = logits.device, len(logits) * world_size()
-        mine = slice(rank() * len(logits), (rank() + 1) * len(logits))
-        coin = torch.rand(total, generator=random, device=device)[mine] < self.probability
+        own = slice(rank() * len(logits), (rank() + 1) * len(logits))
+        coin = torch.rand(total, generator=random, device=device)[own] < self.probability
         drawn = torch.randn((total, *logits.shape[1:]), generator=random, device=device)
-        noise = self.sigma * drawn[mine]
+        noise = self.sigma * drawn[own]
         shape = (-1,) + (1,) * (logits.dim() - 1)
         factor = 1 + coin.view(shape) * noise
         return torch.where(logits.isinf(), logits, logits * factor.to(logits.dtype))

@@ -12,10 +12,10 @@ from lightning_kd.teachers.teacher import Teacher
 
 
 class Snapshot(SubTeachers):
-    """One teacher at several moments of its training, or several generations of it.
+    """One teacher at several stages of its training, or several generations of it.
 
     The teacher itself is the first; give ``ModelCheckpoint`` the options ``every_n_epochs`` and
-    ``save_top_k: -1`` to keep moments of a run.
+    ``save_top_k: -1`` to keep stages of a run.
 
     Args:
         checkpoints: Files that ``pretrained`` reads, of the teacher's architecture.
@@ -53,5 +53,5 @@ class Snapshot(SubTeachers):
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
     ) -> list[NetworkOutput]:
         """See ``SubTeachers.outputs``."""
-        everyone = (teacher, *self.others)
-        return [everyone[index](x, need_logits) for index in indices]
+        networks = (teacher, *self.others)
+        return [networks[index](x, need_logits) for index in indices]

@@ -16,31 +16,31 @@ from lightning_kd.utils.seeds import seeded
 
 
 class StochasticDepth(SubTeachers):
-    r"""Paths through one teacher whose blocks are left out at random, each batch others.
+    r"""Paths through one teacher that leave out blocks at random, new for each batch.
 
     .. math:: y_k = x_k + \frac{b_k}{p_k} (f_k(x_k) - x_k), \quad b_k \sim \mathrm{Bernoulli}(p_k)
 
     Paths share what they have in common, so that m of them cost less than m teachers. The teacher
-    must have been trained so: give the same part to ``Supervised``. Its weights then work without
-    this part too, since what a block adds is divided by its probability.
+    must have been trained this way: pass the same object to ``Supervised``. Its weights then work
+    without it, too, since what a block adds is divided by its probability.
 
     Args:
-        count: Paths a batch.
+        count: Paths per batch.
         survival: Probability :math:`p` that the last block is taken, in (0, 1].
         decay: ``"linear"``: from 1 before the first block down to ``survival``, as published;
             ``"constant"``: all blocks alike.
-        blocks: Dotted names of the blocks; ``null``: all elements of ``nn.Sequential`` that have
+        blocks: Dotted names of the blocks; ``None``: all elements of ``nn.Sequential`` that have
             parts of their own and keep the shape of their input.
-        seed: Of the paths; ``null``: that of the run.
+        seed: Of the paths; ``None``: that of the run.
 
     Raises:
         ValueError: If a number is out of range, a block does not exist or changes the shape, or a
-            layer that is recorded lies inside a block.
+            recorded layer is inside a block.
 
     Source:
         Lee et al. 2020, "Stochasticity and skip connections improve knowledge transfer", EUSIPCO;
         Huang et al. 2016, https://arxiv.org/abs/1603.09382, equations 2 to 5. Differs from the
-        paper: what a block adds behind its last activation is divided by :math:`p` in training,
+        paper: what a block adds after its last activation is divided by :math:`p` in training,
         not multiplied in validation, so that networks need no changes.
     """
 
@@ -67,20 +67,20 @@ class StochasticDepth(SubTeachers):
 
     @property
     def names(self) -> list[str]:
-        """Of the blocks, in the order in which they run."""
+        """Names of the blocks, in the order in which they run."""
         assert self._paths is not None
         return self._paths.names
 
     def probabilities(self) -> list[float]:
-        """Probability of each block to be taken."""
+        """Probability that each block is taken."""
         count = len(self.names)
         if self.decay == "constant":
             return [self.survival] * count
         return [1 - (k + 1) / count * (1 - self.survival) for k in range(count)]
 
     def draw(self, count: int, seed: int) -> list[list[bool]]:
-        """For each of so many paths, which blocks it takes."""
-        # on the CPU, so that nobody waits for the device
+        """For each of ``count`` paths, which blocks it takes."""
+        # on the CPU, so as not to wait for the device
         draws = torch.rand(count, len(self.names), generator=seeded(seed))
         kept: list[list[bool]] = (draws < torch.tensor(self.probabilities())).tolist()
         return kept
@@ -94,7 +94,7 @@ class StochasticDepth(SubTeachers):
 
     @contextlib.contextmanager
     def one_path(self) -> Iterator[None]:
-        """Inside, the network takes one random path, another each time: how it is trained."""
+        """Inside, the network takes one random path, new each time: how it is trained."""
         with self.on(self.draw(1, self.next_seed())):
             yield
 
@@ -124,9 +124,9 @@ class StochasticDepth(SubTeachers):
             branches.watched(self._layers),
         ):
             output = teacher(x, need_logits)
-        answers = branches.of(output.logits) if need_logits else [output.logits] * len(indices)
+        logits = branches.of(output.logits) if need_logits else [output.logits] * len(indices)
         features = {n: branches.of(output.feature(n), branches.seen[n]) for n in self._layers}
         return [
-            NetworkOutput(answer, {name: values[k] for name, values in features.items()})
-            for k, answer in enumerate(answers)
+            NetworkOutput(own, {name: values[k] for name, values in features.items()})
+            for k, own in enumerate(logits)
         ]

@@ -12,14 +12,14 @@ from lightning_kd.utils.seeds import mixed_seed
 
 
 class SubTeachers(nn.Module, ABC):
-    """Several answers of one teacher. Subclass it and give ``outputs``.
+    """Several outputs of one teacher. Subclass it and implement ``outputs``.
 
     Random numbers depend on the seed and on how many batches were seen in training, both kept in
-    checkpoints, so that a resumed run goes on as if it had never stopped.
+    checkpoints, so that a resumed run continues as if it had never stopped.
 
     Args:
         count: Number of sub-teachers.
-        seed: Of random numbers; ``null``: that of the run.
+        seed: Of random numbers; ``None``: that of the run.
 
     Raises:
         ValueError: If ``count`` is not positive.
@@ -32,7 +32,7 @@ class SubTeachers(nn.Module, ABC):
         self.count, self.seed, self.times = count, seed, 0
 
     def attach(self, teacher: Teacher, layers: Sequence[str], x: Tensor) -> None:
-        """Look at the teacher, of which these layers are recorded, and at one image; once."""
+        """Inspect the teacher, whose ``layers`` are recorded, and images ``x``; called once."""
 
     def networks(self, teacher: Teacher) -> list[nn.Module]:
         """The network behind each of them."""
@@ -42,7 +42,7 @@ class SubTeachers(nn.Module, ABC):
     def outputs(
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool, seed: int
     ) -> list[NetworkOutput]:
-        """Outputs of the sub-teachers of these indices for images (B, C, H, W).
+        """Outputs of the sub-teachers with these indices for images (B, C, H, W).
 
         Args:
             teacher: The one teacher.
@@ -55,12 +55,12 @@ class SubTeachers(nn.Module, ABC):
     def forward(
         self, teacher: Teacher, x: Tensor, indices: Sequence[int], need_logits: bool = True
     ) -> list[NetworkOutput]:
-        """Outputs of these: in training with new random numbers each time, else always the same."""
+        """Outputs of these; in training with new random numbers each time, else always the same."""
         seed = self.next_seed() if self.training else mixed_seed(self.seed or 0, 0)
         return self.outputs(teacher, x, indices, need_logits, seed)
 
     def next_seed(self) -> int:
-        """Of the next training batch."""
+        """Seed of the next training batch."""
         self.times += 1
         return mixed_seed(self.seed or 0, self.times)
 
@@ -69,5 +69,5 @@ class SubTeachers(nn.Module, ABC):
         return {"seed": self.seed, "times": self.times}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self.seed, self.times = state["seed"], state["times"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_kd.features import Tap, Tapped
+from lightning_kd.features import OutputError, Tap, Tapped
 from lightning_kd.outputs import NetworkOutput
 
 #: requires_grad of each parameter and mode of each part, as they were before a network was frozen
@@ -19,21 +19,21 @@ _BEFORE: weakref.WeakKeyDictionary[nn.Module, tuple[list[bool], list[bool]]] = (
 
 
 class Teacher(nn.Module):
-    """A frozen network that is asked but never touched.
+    """A frozen network that is run but never changed.
 
     Its network stays outside the module tree: it moves with ``.to()``, but no optimizer,
-    ``state_dict``, ``train()``, ``apply()`` or DDP broadcast ever reaches it. What was given is not
-    part of what is learned. Gradient may flow *through* it to its input (data-free methods need
-    that), so ``no_grad`` belongs at the call site. ``release`` gives the network back as it was;
-    a Trainer does so at the end of a run.
+    ``state_dict``, ``train()``, ``apply()`` or DDP broadcast ever reaches it. Gradients may
+    flow *through* it to its input (data-free methods need that), so ``no_grad`` belongs at the call
+    site. ``release`` restores the network to its former state; a Trainer does so at the end of a
+    run.
 
     Args:
         network: Any classifier; it is put in eval mode and its parameters are frozen.
         classes: Which classes its outputs stand for, in their order, if it does not know all of
             them; for the others its logits are minus infinity. Distil such teachers with
             ``lightning_kd.losses.SubsetTarget``.
-        num_classes: How many classes there are in all; needed with ``classes``, where the command
-            line fills it in.
+        num_classes: Number of classes in all; needed with ``classes``, where the command line
+            fills it in.
 
     Raises:
         ValueError: If ``classes`` are not distinct numbers from 0 to ``num_classes`` - 1.
@@ -85,7 +85,7 @@ class Teacher(nn.Module):
         self.network.eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Give the network's modes and ``requires_grad`` back as they were before ``freeze``."""
+        """Restore the network's modes and ``requires_grad`` from before ``freeze``."""
         before = _BEFORE.pop(self.network, None)
         if before is None:
             return
@@ -104,14 +104,14 @@ class Teacher(nn.Module):
         self.tap = Tap(self.network, layers)
 
     def reduce_cost(self, dtype: torch.dtype | None = None, offload: bool = False) -> None:
-        """Hold the network at less cost; outputs come in the images' own precision and place.
+        """Hold the network at lower cost; outputs have the images' own precision and device.
 
         Args:
-            dtype: Cast weights to it, but those of BatchNorm, whose statistics would be spoiled,
-                and images on their way in; None: as they are. It stays so: give a copy of a network
-                that is needed elsewhere.
-            offload: Keep weights in the memory of the CPU; they visit the images' device for the
-                time of a forward pass, one network after the other.
+            dtype: Cast weights to it, except those of BatchNorm, whose statistics would suffer,
+                and incoming images; ``None``: as they are. The cast is permanent: give a copy of a
+                network that is needed elsewhere.
+            offload: Keep weights in CPU memory; they are on the images' device only during a
+                forward pass, one network after the other.
         """
         floats = [
             values
@@ -143,7 +143,7 @@ class Teacher(nn.Module):
         return self.over_all_classes(output) if need_logits else output
 
     def keep_in_eval(self) -> None:
-        """Put the network back: who holds it, or a part of it, may have called train() on it."""
+        """Put the network back in eval mode: other owners of it may have called train()."""
         if any(part.training for part in self._parts):
             self.network.eval()
 
@@ -161,15 +161,15 @@ class Teacher(nn.Module):
         return NetworkOutput(output.logits.to(x.dtype), features)
 
     def over_all_classes(self, output: NetworkOutput) -> NetworkOutput:
-        """Logits over all classes, where the network knows some only.
+        """Logits over all classes, if the network knows only some.
 
         Raises:
-            ValueError: If it has another number of outputs than ``classes`` says.
+            ValueError: If its number of outputs is not that of ``classes``.
         """
         if self.classes is None:
             return output
         if output.logits.shape[1] != len(self.classes):
-            raise ValueError(
+            raise OutputError(
                 f"Expected a teacher of {len(self.classes)} outputs, one for each of its classes, "
                 f"got {output.logits.shape[1]}."
             )
@@ -186,7 +186,7 @@ class Teacher(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        """Share the network: copies (of weight averaging, say) need no second set of weights.
+        """Share the network: copies (for weight averaging, say) need no second set of weights.
 
         A copy that is moved or cast leaves the network where its owner has it.
         """

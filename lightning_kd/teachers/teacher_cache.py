@@ -17,24 +17,24 @@ from lightning_kd.teachers.teacher import Teacher
 from lightning_kd.utils.seeds import seeded
 
 FACTS = "facts.json"
-#: how far answers may be from those of another precision
+#: how far outputs may be from those in another precision
 TOLERANCE = 0.05
 
 
 class TeacherCache:
-    """What teachers say of each training image, computed once and read ever after.
+    """Teacher outputs for each training image, computed once and read from then on.
 
     Give it to a data module of this package as ``teacher_cache``. When ``MultiTeacher`` starts to
-    train, teachers are asked about every image in every view, or an earlier run's answers are
-    found; after that no teacher runs in training. Epoch e shows view e modulo ``views``: its crops
-    and flips depend on seed, view and image alone. Answers are half precision, in a memory-mapped
-    file that all processes of a machine share.
+    train, teachers are run on every image in every view, or an earlier run's outputs are found;
+    after that no teacher runs in training. Epoch e shows view e modulo ``views``: its crops and
+    flips depend on seed, view and image alone. Outputs are half precision, in a memory-mapped file
+    that all processes of a machine share.
 
     Args:
-        folder: Where answers lie; each combination of teachers, images and options needs its own.
+        folder: For the outputs; each combination of teachers, images and options needs its own.
         views: How many differently cropped and flipped views there are of each image.
-        top_k: Keep the k largest logits of each answer only; the others share what probability is
-            left equally. ``null``: keep all.
+        top_k: Keep only the k largest logits of each output; the others share the remaining
+            probability equally. ``None``: keep all.
         seed: Of crops and flips.
 
     Raises:
@@ -53,12 +53,12 @@ class TeacherCache:
         self._draws: tuple[int, Tensor] | None = None
 
     def facts(self, teachers: Sequence[Teacher], data: str, classes: int) -> dict[str, Any]:
-        """What answers depend on.
+        """What the outputs depend on.
 
         Args:
-            teachers: Who answers.
+            teachers: Whose outputs they are.
             data: Hash of images, and of how they are cropped and flipped.
-            classes: Number of classes that a teacher answers for.
+            classes: Number of classes of a teacher's output.
 
         Raises:
             ValueError: If ``top_k`` keeps all of them.
@@ -79,18 +79,18 @@ class TeacherCache:
 
     @property
     def ready(self) -> bool:
-        """Whether answers are complete and open."""
+        """Whether the outputs are complete and open."""
         return self._ready
 
     def close(self) -> None:
-        """Hand out no answers until somebody finds them again."""
+        """Return no outputs until they are found again."""
         self._ready = False
 
     def find(self, facts: dict[str, Any], images: int) -> bool:
-        """Open an earlier run's answers; False if there are none yet.
+        """Open an earlier run's outputs; ``False`` if there are none yet.
 
         Raises:
-            ValueError: If they were computed of other teachers, images or options, or are damaged.
+            ValueError: If they are from other teachers, images or options, or are damaged.
         """
         path = self.folder / FACTS
         if not path.is_file():
@@ -108,7 +108,7 @@ class TeacherCache:
         ]
         if changed:
             raise ValueError(
-                f"Expected the answers in {self.folder} to be of these teachers and images, but "
+                f"Expected the outputs in {self.folder} to be from these teachers and images, but "
                 f"{', '.join(changed)} changed since: choose another folder "
                 f"(--data.teacher_cache.folder), or delete this one."
             )
@@ -117,16 +117,16 @@ class TeacherCache:
         return True
 
     def create(self, facts: dict[str, Any], images: int, token: str, first: bool) -> bool:
-        """Make room for answers in a folder aside, or open what the first process has made.
+        """Make room for outputs in a temporary folder, or open what the first process made.
 
         Args:
             facts: What they depend on.
             images: How many there are.
-            token: Names the folder aside; another run's is another.
+            token: Names the temporary folder; each run has its own.
             first: Whether to make it.
 
         Returns:
-            Whether it is there: processes may not share a disk.
+            Whether it exists: processes may not share a disk.
 
         Raises:
             OSError: If there is no room.
@@ -146,7 +146,7 @@ class TeacherCache:
             except OSError as error:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise OSError(
-                    f"Cannot write answers of {sum(sizes)} bytes into {self.folder}: "
+                    f"Cannot write outputs of {sum(sizes)} bytes into {self.folder}: "
                     f"{error.strerror}. Free space, choose another folder "
                     f"(--data.teacher_cache.folder), or set top_k."
                 ) from error
@@ -156,7 +156,7 @@ class TeacherCache:
         return True
 
     def finish(self, facts: dict[str, Any], images: int, token: str) -> None:
-        """Declare the answers complete; by one process, when all have written."""
+        """Mark the outputs as complete; by one process, when all have written."""
         aside = self._aside(token)
         for name, _, _ in self._files(facts, images):
             with (aside / name).open("rb+") as file:
@@ -167,11 +167,11 @@ class TeacherCache:
         write_atomically(self.folder / FACTS, content.encode())
 
     def write(self, view: int, indices: Tensor, said: Tensor) -> None:
-        """Keep the teachers' logits (M, B, K) of these images.
+        """Keep the teachers' logits (M, B, K) for these images.
 
         Raises:
             ValueError: If a logit is not finite, or too large for half precision; or if a teacher
-                knows some classes only, with ``top_k``.
+                knows only some classes, with ``top_k``.
         """
         values, places = self._shortened(said)
         if places is not None:
@@ -179,12 +179,12 @@ class TeacherCache:
         self._values[view, indices] = values
 
     def read(self, view: int, indices: Tensor) -> Tensor:
-        """Logits (B, M, K) of these images, half precision, on the CPU."""
+        """Logits (B, M, K) for these images, half precision, on the CPU."""
         values = self._values[view, indices]
         return self._whole(values, None if self.top_k is None else self._places[view, indices])
 
     def check(self, view: int, indices: Tensor, said: Tensor) -> None:
-        """Compare what teachers say now (M, B, K) of these images with what is kept.
+        """Compare the teachers' current logits (M, B, K) for these images with what is kept.
 
         Raises:
             ValueError: If they differ by more than rounding in half precision explains.
@@ -192,15 +192,16 @@ class TeacherCache:
         now = self._whole(*self._shortened(said)).float()
         kept = self.read(view, indices).float()
         off = (now.softmax(2) - kept.softmax(2)).abs().max()
-        if self.top_k is None:  # with it, the smallest that is kept may be another
+        if self.top_k is None:  # with it, the smallest that is kept may differ
             known = (now != -torch.inf) & (kept != -torch.inf)
             scale = now[known].abs().max().clamp(min=1)
             off = torch.maximum(off, (now - kept)[known].abs().max() / scale)
         if not float(off) <= TOLERANCE:
             raise ValueError(
-                f"Expected the answers in {self.folder} to be what the teachers say, but they "
-                f"differ by {float(off):.2g} (of the largest): teachers or images are wrapped or "
-                f"read otherwise since, or files are damaged. Delete the folder, or choose another."
+                f"Expected the outputs in {self.folder} to match those of the teachers, but they "
+                f"differ by {float(off):.2g} (of the largest): teachers or images have since been "
+                f"wrapped or read differently, or files are damaged. Delete the folder, or choose "
+                f"another."
             )
 
     def draws(self, view: int, images: int, columns: int) -> Tensor:
@@ -217,14 +218,14 @@ class TeacherCache:
         if not largest <= torch.finfo(torch.half).max:
             raise ValueError(
                 f"Expected teachers whose logits half precision can hold (up to 65504) with "
-                f"teacher_cache, got {largest:.3g}: are they trained? Else leave the cache out."
+                f"teacher_cache, got {largest:.3g}: are they trained? If so, leave the cache out."
             )
         if self.top_k is None:
             return logits.half(), None
         if bool(unknown.any()):
             raise ValueError(
-                "Expected teachers that know all classes with top_k, got one that knows some "
-                "only: leave top_k out."
+                "Expected teachers that know all classes with top_k, got one that knows only "
+                "some: leave top_k out."
             )
         values, places = logits.log_softmax(2).topk(self.top_k)
         return values.half(), places.int()
@@ -269,7 +270,7 @@ class TeacherCache:
 
 
 def _hash(teacher: Teacher) -> str:
-    """Of a teacher's weights and buffers, and of what it is."""
+    """Hash of a teacher's weights and buffers, its structure and its classes."""
     inner, places = teacher.network, teacher.classes
     found = hashlib.sha256(f"{inner}{None if places is None else places.tolist()}".encode())
     for name, value in (*inner.named_parameters(), *inner.named_buffers()):

@@ -1,4 +1,4 @@
-"""Whom to trust."""
+"""How much each teacher is trusted."""
 
 from lightning_kd.weighting.attention_over_layers import AttentionOverLayers
 from lightning_kd.weighting.base import Weighting

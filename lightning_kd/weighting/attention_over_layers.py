@@ -17,15 +17,15 @@ class AttentionOverLayers(LayerPair, Weighting):
 
     .. math:: w_m = \mathrm{softmax}_m \frac{\langle Q \bar x_S, K_m \bar x_m \rangle}{\sqrt{d}}
 
-    with :math:`\bar x` the features averaged over positions. Query and keys learn through the
-    losses that they weigh, which favours what is easy to imitate. To choose among several layers of
-    one teacher, list that teacher once for each layer.
+    with :math:`\bar x` the features averaged over positions. Query and keys are trained through the
+    losses that they weight, which favours what is easy to imitate. To choose among several layers
+    of one teacher, list that teacher once for each layer.
 
     Args:
         student_layer: Dotted name of a student layer.
-        teacher_layer: Dotted name of a teacher layer; a list gives one name for each teacher.
-        dimension: d, of queries and keys.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        teacher_layer: Dotted name of a teacher layer, or one name per teacher.
+        dimension: d, the width of queries and keys.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Source:
         Chen et al. 2021 (SemCKD), https://arxiv.org/abs/2012.03236, equations 4 and 5. Differs from
@@ -60,7 +60,7 @@ class AttentionOverLayers(LayerPair, Weighting):
     def forward(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
-        """Weights of each sample, shape (M, B), with gradient."""
+        """Weights for each sample, shape (M, B), with gradient."""
         query = self.query(global_average_pool(self.student_feature(student)).detach())
         scores = [
             (query * self.keys[m](global_average_pool(self.teacher_feature(m, teacher)))).sum(1)

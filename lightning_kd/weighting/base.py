@@ -13,10 +13,10 @@ Space = Literal["probability", "logit"]
 
 
 class Weighting(nn.Module, ABC):
-    """How far each teacher is trusted, and where their answers are averaged.
+    """How much each teacher is trusted, and in which space teacher outputs are averaged.
 
     Args:
-        space: ``"probability"`` (arithmetic mean of softened answers) or ``"logit"`` (mean of
+        space: ``"probability"`` (arithmetic mean of softened outputs) or ``"logit"`` (mean of
             logits, which needs teachers of comparable logit scale).
 
     Raises:
@@ -36,7 +36,7 @@ class Weighting(nn.Module, ABC):
 
     @property
     def strength(self) -> Tensor | float:
-        """Multiplier of all distillation terms; below 1 where no teacher has much to say."""
+        """Multiplier of all distillation losses; below 1 where teachers have little to teach."""
         return 1.0
 
     def student_layers(self) -> Sequence[str]:
@@ -48,10 +48,10 @@ class Weighting(nn.Module, ABC):
         return ()
 
     def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
-        """Size itself from a dry run; called once, before the optimizer is made."""
+        """Size parameters from a dry run; called once, before the optimizer is created."""
 
     def active(self, num_teachers: int) -> Sequence[int]:
-        """Teachers to run on this batch; asked before they run, so the others cost nothing."""
+        """Teachers to run on this batch; called before they run, so the others cost nothing."""
         return range(num_teachers)
 
     @abstractmethod
@@ -61,49 +61,49 @@ class Weighting(nn.Module, ABC):
         """Trust in each teacher that ran.
 
         Args:
-            teachers: NetworkOutput of the active teachers.
-            student: The student's.
+            student: Output of the student.
+            teachers: Outputs of the active teachers.
             target: Labels (B, ...), -1 where unlabelled; None where there are none, and always
-                when an ensemble is measured.
+                when the ensemble is evaluated.
 
         Returns:
-            Weights, shape (M,) or (M, B), summing to 1 over M; detached, unless they learn through
-            the losses that they weigh.
+            Weights, shape (M,) or (M, B), summing to 1 over M; detached, unless they are trained
+            through the losses that they weight.
         """
 
     def loss(self, teachers: TeacherOutputs, target: Tensor | None) -> Tensor | None:
-        """Loss of the weighting itself, logged as ``train/gate``; None if it learns nothing so."""
+        """Loss of the weighting itself, logged as ``train/gate``; None if it has none."""
         return None
 
-    # ------------------------------------------------------------------ beside the training steps
+    # ------------------------------------------------------------------ outside the training steps
 
-    #: whether ``calibrate`` is to be called
+    #: whether ``calibrate`` should be called
     wants_images = False
 
     def calibrate(self, images: Sequence[Tensor], teachers: Sequence[nn.Module]) -> None:
-        """Look at batches of training images (B, C, H, W) once, before training."""
+        """Use batches of training images (B, C, H, W) once, before training."""
 
     def observe(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor
     ) -> None:
-        """See one batch of validation answers of the student and of all teachers."""
+        """Record one batch of validation outputs of the student and of all teachers."""
 
     def after_validation(self) -> None:
-        """Learn from what was observed; called at the end of each validation, on all ranks."""
+        """Update from what was observed; called at the end of each validation, on all ranks."""
 
 
 def check_weights(weights: Any, weighting: Weighting, count: int, batch: int) -> None:
-    """Check a weighting's weights: the shape always, values once, which waits for the device.
+    """Check a weighting's weights: the shape always, values once, since that waits for the device.
 
     Raises:
-        ValueError: If they are not of shape (M,) or (M, B), or no convex combination.
+        ValueError: If they are not of shape (M,) or (M, B), or not a convex combination.
     """
     name = type(weighting).__name__
     if not isinstance(weights, Tensor) or weights.shape not in ((count,), (count, batch)):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(
             f"Expected {name} to return weights of shape ({count},) or ({count}, {batch}), one "
-            f"row a teacher, got {got}."
+            f"row per teacher, got {got}."
         )
     if weighting._was_checked:
         return
@@ -114,4 +114,13 @@ def check_weights(weights: Any, weighting: Weighting, count: int, batch: int) ->
             f"Expected {name} to return weights >= 0 that sum to 1 over the teachers, got a "
             f"sum of {float(total.flatten()[0]):.3g} and a least weight of "
             f"{float(weights.min()):.3g}."
+        )
+
+
+def refuse_memory(weighting: Weighting) -> None:
+    """Raise ``ValueError`` unless a weighting depends on the batch alone, as a cohort needs."""
+    if weighting.wants_images or type(weighting).observe is not Weighting.observe:
+        raise ValueError(
+            f"Expected a weighting that depends on the batch alone for the teachers of a cohort, "
+            f"such as Uniform or Confidence, got {type(weighting).__name__}."
         )

@@ -11,16 +11,16 @@ from lightning_kd.weighting.base import Weighting
 
 
 class Confidence(Weighting):
-    r"""Trust a teacher on a sample by its cross-entropy with the label.
+    r"""Trust a teacher for a sample by its cross-entropy with the label.
 
     .. math:: w_m = \frac{1}{M - 1} \Big(1 - \frac{e^{CE_m}}{\sum_j e^{CE_j}}\Big)
 
-    Samples without a label, and all samples when the ensemble is measured (an answer that was
-    weighed by the right one would be no measurement), are weighed as by ``Entropy``. No teacher
-    gets more than 1 / (M - 1): with two teachers one may get all, with three no more than half.
+    Samples without a label, and all samples when the ensemble is evaluated (where weights that use
+    the label would be cheating), are weighted as by ``Entropy``. No teacher gets more than
+    1 / (M - 1): with two teachers one may get all the weight, with three no more than half.
 
     Args:
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Source:
         Zhang et al. 2022 (CA-MKD), https://arxiv.org/abs/2201.00007, equation 1. Its feature term
@@ -30,6 +30,6 @@ class Confidence(Weighting):
     def forward(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
-        """Weights of each sample, shape (M, B)."""
+        """Weights for each sample, shape (M, B)."""
         logits = torch.stack([teacher.logits for teacher in teachers])
         return entropy_weights(logits) if target is None else confidence_weights(logits, target)

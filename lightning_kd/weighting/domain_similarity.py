@@ -23,7 +23,7 @@ MOST_SAMPLES = 512  # the discrepancy compares all pairs
 
 
 def save_domain(path: str | Path, network: nn.Module, layer: str, images: Iterable[Tensor]) -> None:
-    """Write what ``network`` makes of its own training images, for ``DomainSimilarity``.
+    """Save the features of ``network`` on its own training images, for ``DomainSimilarity``.
 
     Args:
         path: File to write, safetensors with one tensor ``features`` of shape (N, D).
@@ -47,16 +47,16 @@ def _features(network: nn.Module, layer: str, images: Iterable[Tensor]) -> Tenso
 class DomainSimilarity(Weighting):
     """Trust a teacher by how similar its training data are to the student's.
 
-    Compares what the teacher's layer says about its own training images (``sources``) with what it
-    says about the student's (the first batches), once, before training. Labels are not needed.
+    Compares the teacher's features of its own training images (``domain_files``) with its features
+    of the student's (the first batches), once, before training. Labels are not needed.
 
     Args:
-        sources: One file for each teacher, made by ``lightning_kd.weighting.save_domain``.
-        teacher_layer: Dotted name of the layer that the files are of; a list gives one for each.
+        domain_files: One file for each teacher, made by ``lightning_kd.weighting.save_domain``.
+        teacher_layer: Dotted name of the layer that the files are from, or one name per teacher.
         divergence: ``"jensen_shannon"`` or ``"renyi"`` of the distribution of activation over the
             layer's units, or ``"mmd"`` of the features; similarity is 1 - JS / log 2, and
             1 / (1 + d) for the other two.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Raises:
         ValueError: If the divergence is unknown.
@@ -65,7 +65,7 @@ class DomainSimilarity(Weighting):
     Source:
         Ruder et al. 2017, "Knowledge Adaptation: Teaching to Adapt",
         https://arxiv.org/abs/1702.02052, sections 3.2 and 4. Differs from the paper: the paper
-        compares words; activation per unit stands for their frequencies.
+        compares words; activation per unit stands in for their frequencies.
     """
 
     weights: Tensor
@@ -75,7 +75,7 @@ class DomainSimilarity(Weighting):
 
     def __init__(
         self,
-        sources: list[str],
+        domain_files: list[str],
         teacher_layer: str | list[str],
         divergence: Literal["jensen_shannon", "renyi", "mmd"] = "jensen_shannon",
         space: Space = "probability",
@@ -85,43 +85,45 @@ class DomainSimilarity(Weighting):
             raise ValueError(
                 f'Expected divergence "jensen_shannon", "renyi" or "mmd", got {divergence!r}.'
             )
-        for source in sources:
-            if not Path(source).is_file():
+        for path in domain_files:
+            if not Path(path).is_file():
                 raise FileNotFoundError(
-                    f"Expected features of a teacher's training images at {source}, found none: "
+                    f"Expected features of a teacher's training images at {path}, found none: "
                     f"make them with lightning_kd.weighting.save_domain."
                 )
-        self.sources, self.divergence = list(sources), divergence
-        layers = [teacher_layer] * len(sources) if isinstance(teacher_layer, str) else teacher_layer
+        self.domain_files, self.divergence = list(domain_files), divergence
+        layers = (
+            [teacher_layer] * len(domain_files) if isinstance(teacher_layer, str) else teacher_layer
+        )
         self.layers = list(layers)
         # 0: not yet known
-        self.register_buffer("weights", torch.zeros(len(sources)))
+        self.register_buffer("weights", torch.zeros(len(domain_files)))
 
     def active(self, num_teachers: int) -> Sequence[int]:
         """All teachers.
 
         Raises:
-            ValueError: If the number of files is not that of the teachers.
+            ValueError: If there is not one file per teacher.
         """
-        if not num_teachers == len(self.sources) == len(self.layers):
+        if not num_teachers == len(self.domain_files) == len(self.layers):
             raise ValueError(
-                f"Expected one source and layer for each of {num_teachers} teachers, got "
-                f"{len(self.sources)} and {len(self.layers)}."
+                f"Expected one file and layer for each of {num_teachers} teachers, got "
+                f"{len(self.domain_files)} and {len(self.layers)}."
             )
         return range(num_teachers)
 
     def calibrate(self, images: Sequence[Tensor], teachers: Sequence[nn.Module]) -> None:
-        """Compare domains; a resumed run keeps what it has."""
+        """Compare domains; a resumed run keeps its weights."""
         if float(self.weights.sum()) > 0:
             return
         similarities = []
-        for source, layer, teacher in zip(self.sources, self.layers, teachers, strict=True):
+        for path, layer, teacher in zip(self.domain_files, self.layers, teachers, strict=True):
             target = _features(teacher, layer, images)
-            known = load_file(source)["features"].to(target)[:MOST_SAMPLES]
+            known = load_file(path)["features"].to(target)[:MOST_SAMPLES]
             if known.shape[1] != target.shape[1]:
                 raise ValueError(
-                    f"Expected {source} to hold features of {target.shape[1]} units, got "
-                    f"{known.shape[1]}: it is of another network or layer."
+                    f"Expected {path} to hold features of {target.shape[1]} units, got "
+                    f"{known.shape[1]}: it is from another network or layer."
                 )
             similarities.append(similarity(known, target, self.divergence))
         total = sum_over_ranks(torch.stack(similarities))
@@ -135,16 +137,16 @@ class DomainSimilarity(Weighting):
         return torch.where(self.weights.sum() > 0, self.weights, equal)
 
 
-def similarity(source: Tensor, target: Tensor, divergence: str) -> Tensor:
+def similarity(path: Tensor, target: Tensor, divergence: str) -> Tensor:
     """Similarity in (0, 1] of two samples of features, shapes (N, D) and (M, D); a scalar."""
     if divergence == "mmd":
-        return 1 / (1 + maximum_mean_discrepancy(source, target))
+        return 1 / (1 + maximum_mean_discrepancy(path, target))
 
     def distribution(features: Tensor) -> Tensor:
         activity = features.abs().mean(0) + 1e-12
         return activity / activity.sum()
 
-    p, q = distribution(source), distribution(target)
+    p, q = distribution(path), distribution(target)
     if divergence == "jensen_shannon":
         return 1 - jensen_shannon(p, q) / torch.log(torch.tensor(2.0))
     return 1 / (1 + renyi(p, q).clamp(min=0.0))

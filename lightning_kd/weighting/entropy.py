@@ -11,15 +11,15 @@ from lightning_kd.weighting.base import Weighting
 
 
 class Entropy(Weighting):
-    r"""Trust a teacher on a sample by how sure it is; needs no labels.
+    r"""Trust a teacher for a sample by how certain it is; needs no labels.
 
     .. math:: w_m = \frac{1}{M - 1} \Big(1 - \frac{H_m}{\sum_j H_j}\Big)
 
-    A teacher that is sure and wrong is trusted; ``Confidence`` sees through it where there are
+    A teacher that is certain but wrong is trusted; ``Confidence`` avoids that where there are
     labels.
 
     Args:
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Source:
         Kwon et al. 2020 (EBKD), "Adaptive knowledge distillation based on entropy", ICASSP.
@@ -28,5 +28,5 @@ class Entropy(Weighting):
     def forward(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
-        """Weights of each sample, shape (M, B)."""
+        """Weights for each sample, shape (M, B)."""
         return entropy_weights(torch.stack([teacher.logits for teacher in teachers]))

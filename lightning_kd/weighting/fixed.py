@@ -10,7 +10,7 @@ from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
 
 
-def check_weights(weights: Sequence[float]) -> None:
+def check_given_weights(weights: Sequence[float]) -> None:
     """Raise ``ValueError`` unless all are >= 0 and finite, and one is positive."""
     if not weights or min(weights) < 0 or not 0 < math.fsum(weights) < math.inf:
         raise ValueError(
@@ -19,11 +19,11 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 class Fixed(Weighting):
-    """Weights that the user gives; a teacher of weight 0 is never run.
+    """Weights given by the user; a teacher with weight 0 is never run.
 
     Args:
         weights: One number >= 0 for each teacher; scaled to sum to 1.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Raises:
         ValueError: If a weight is negative or not finite, or none is positive.
@@ -35,7 +35,7 @@ class Fixed(Weighting):
 
     def __init__(self, weights: list[float], space: Space = "probability") -> None:
         super().__init__(space)
-        check_weights(weights)
+        check_given_weights(weights)
         self.given = list(weights)
         positive = torch.tensor([w for w in weights if w > 0], dtype=torch.float64)
         self.register_buffer("weights", (positive / positive.sum()).float(), persistent=False)
@@ -44,7 +44,7 @@ class Fixed(Weighting):
         """Teachers of positive weight.
 
         Raises:
-            ValueError: If the number of weights is not that of the teachers.
+            ValueError: If there is not one weight per teacher.
         """
         if num_teachers != len(self.given):
             raise ValueError(

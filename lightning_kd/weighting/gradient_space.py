@@ -14,22 +14,22 @@ from lightning_kd.weighting.base import Space, Weighting
 
 
 class GradientSpace(Float32State, Weighting):
-    r"""Move the student where no teacher disagrees: the least-norm mixture of their gradients.
+    r"""Move the student where no teacher disagrees: the minimum-norm mixture of gradients.
 
     .. math:: \min_a \Big\| \sum_m a_m g_m \Big\|, \quad \sum_m a_m = 1, \quad 0 \le a_m \le C,
         \quad g_m = \tau\, \overline{(p_S^T - p_m^T)}
 
     The gradients of the soft-target losses with respect to the student's logits are known in closed
-    form, so there is no backward pass for them, and the small problem is solved exactly on the
-    device. Averages are those of the global batch. The ensemble is measured with the weights of the
-    last training batch, so that a measurement does not depend on how images are batched.
+    form, so they need no backward pass, and the small problem is solved exactly on the device.
+    Averages are over the global batch. The ensemble is evaluated with the weights of the last
+    training batch, so that metrics do not depend on how images are batched.
 
     Args:
         c_max: Largest weight, in [1 / M, 1]. Below 1 it bounds the pull of outliers. (One teacher
             has weight 1. With ``normalize`` the bound holds before weights are scaled back.)
-        temperature: Of the soft-target loss.
+        temperature: Temperature of the soft-target loss.
         normalize: Compare directions: gradients are scaled to unit length first.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Raises:
         ValueError: If ``c_max`` is not positive, or a module has more than 8 teachers.
@@ -62,7 +62,7 @@ class GradientSpace(Float32State, Weighting):
         """All teachers.
 
         Raises:
-            ValueError: If there are too many, or the largest weight is too small for so few.
+            ValueError: If there are too many teachers, or too few for ``c_max``.
         """
         if num_teachers > MOST_GRADIENTS or (num_teachers > 1 and self.c_max * num_teachers < 1):
             raise ValueError(
@@ -74,14 +74,14 @@ class GradientSpace(Float32State, Weighting):
     def forward(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
-        """Weights of this batch, shape (M,); measured, those of the last training batch."""
+        """Weights for this batch, shape (M,); in evaluation, those of the last training batch."""
         if not self.training:
             return self.last
         t = self.temperature
         with torch.no_grad():
-            mine = (student.logits.float() / t).softmax(1)
-            theirs = torch.stack([(m.logits.float() / t).softmax(1) for m in teachers])
-            gradients = t * (mine - theirs).transpose(1, 2).flatten(2).mean(2)
+            student_p = (student.logits.float() / t).softmax(1)
+            teacher_p = torch.stack([(m.logits.float() / t).softmax(1) for m in teachers])
+            gradients = t * (student_p - teacher_p).transpose(1, 2).flatten(2).mean(2)
             gradients = sum_over_ranks(gradients) / world_size()
             lengths = gradients.norm(dim=1).clamp(min=1e-12)
             if self.normalize:

@@ -11,13 +11,13 @@ from lightning_kd.weighting.base import Weighting
 
 
 class LowestLoss(Weighting):
-    """Listen to one teacher on each sample: the one of the lowest cross-entropy with the label.
+    """Use one teacher for each sample: the one with the lowest cross-entropy with the label.
 
-    Without a label (and always when the ensemble is measured) it is the one of the lowest entropy.
+    Without a label (and always when the ensemble is evaluated) it is that of the lowest entropy.
     For feature losses this chooses one teacher's feature map for each sample.
 
     Args:
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Source:
         Shen et al. 2019, "Customizing Student Networks From Heterogeneous Teachers", ICCV (lowest

@@ -12,23 +12,23 @@ from lightning_kd.weighting.base import Space, Weighting
 
 
 class SelfPaced(Float32State, Weighting):
-    r"""Stop listening to an expert when the student has caught up with it.
+    r"""Phase out an expert as the student catches up with it.
 
     .. math:: w_m = 1 \text{ if } A_S < b A_m, \text{ else }
         \max\Big(0, \frac{A_m - A_S}{(1 - b) A_m}\Big)
 
     with A the accuracies of student and expert on validation images of the expert's classes. The
-    weights are scaled to sum to 1 and their mean multiplies all distillation terms (``strength``),
-    so that distillation stops when the student matches everybody: the labels must then carry on,
-    with a ``task_weight`` of 1, say. An expert of weight 0 is not run. All weights are 1 until the
-    first validation; the state is in the checkpoint.
+    weights are scaled to sum to 1 and their mean multiplies all distillation losses (``strength``),
+    so that distillation stops when the student matches all experts: the labels must then take over,
+    with a ``task_weight`` of 1, say. An expert with weight 0 is not run. All weights are 1 until
+    the first validation; the state is in the checkpoint.
 
     Args:
         threshold: b, in [0, 1): share of the expert's accuracy at which its weight begins to fall.
-        fade: Let all distillation fade; else only the shares of the experts change.
-        classes: Classes of each expert; ``null``: those that its logits cover (see
+        fade: Let all distillation fade; otherwise only the shares of the experts change.
+        classes: Classes of each expert; ``None``: those that its logits cover (see
             ``lightning_kd.Teacher``), usually all.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Raises:
         ValueError: If the threshold is out of range.
@@ -38,7 +38,7 @@ class SelfPaced(Float32State, Weighting):
         paper: the mean over experts instead of the sum, so that M equal experts count as one.
     """
 
-    paced: Tensor
+    expert_weights: Tensor
     known: Tensor
     counts: Tensor
 
@@ -58,12 +58,12 @@ class SelfPaced(Float32State, Weighting):
         self._running: list[int] | None = None
 
     def build(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
-        """Start with all experts, and note who knows which classes.
+        """Start with all experts, and record the classes of each.
 
         Raises:
-            ValueError: If ``classes`` has not one list for each teacher.
+            ValueError: If ``classes`` does not have one list per teacher.
         """
-        if hasattr(self, "paced"):
+        if hasattr(self, "expert_weights"):
             return
         known = torch.stack([teacher.logits[0] > -torch.inf for teacher in teachers])
         known = known.flatten(2).any(2) if known.dim() > 2 else known
@@ -77,19 +77,23 @@ class SelfPaced(Float32State, Weighting):
             for m, classes in enumerate(self.classes):
                 known[m, classes] = True
         self.register_buffer("known", known, persistent=False)
-        self.register_buffer("paced", torch.ones(len(teachers)))
-        # rows: samples, right answers of the student, right answers of the expert
+        self.register_buffer("expert_weights", torch.ones(len(teachers)))
+        # rows: samples, correct predictions of the student, correct predictions of the expert
         self.register_buffer("counts", torch.zeros(3, len(teachers)), persistent=False)
 
     @property
     def strength(self) -> Tensor | float:
         """Mean weight of the experts, in [0, 1]; 1 without ``fade``."""
-        return self.paced.mean() if self.fade else 1.0
+        return self.expert_weights.mean() if self.fade else 1.0
 
     def active(self, num_teachers: int) -> Sequence[int]:
-        """Experts of positive weight; none to learn from, or all to measure, if there is none."""
+        """Experts of positive weight; if there are none: none in training, all in evaluation."""
         if self._running is None:
-            weights = self.paced.tolist() if hasattr(self, "paced") else [1.0] * num_teachers
+            weights = (
+                self.expert_weights.tolist()
+                if hasattr(self, "expert_weights")
+                else [1.0] * num_teachers
+            )
             self._running = [m for m, weight in enumerate(weights) if weight > 0]
         return self._running or ([] if self.training and self.fade else range(num_teachers))
 
@@ -97,29 +101,33 @@ class SelfPaced(Float32State, Weighting):
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor | None
     ) -> Tensor:
         """Weights of the experts that ran, shape (M,)."""
-        positive = self.paced[self.paced > 0] if not self._running else self.paced[self._running]
-        if len(positive) != len(teachers):  # nobody is left, and the ensemble is measured
-            positive = torch.ones(len(teachers), device=self.paced.device)
+        positive = (
+            self.expert_weights[self.expert_weights > 0]
+            if not self._running
+            else self.expert_weights[self._running]
+        )
+        if len(positive) != len(teachers):  # no expert is left, and the ensemble is evaluated
+            positive = torch.ones(len(teachers), device=self.expert_weights.device)
         return positive / positive.sum()
 
     def observe(
         self, student: NetworkOutput, teachers: Sequence[NetworkOutput], target: Tensor
     ) -> None:
-        """Count right answers on each expert's classes."""
+        """Count correct predictions on each expert's classes."""
         known = self.known[:, target.clamp(min=0)] & (target >= 0)
-        right = torch.stack([t.logits.argmax(1) for t in teachers]) == target
-        mine = (student.logits.argmax(1) == target).expand_as(known)
-        both = torch.stack([known, known & mine, known & right])
-        self.counts += both.flatten(2).sum(2).to(self.counts)
+        expert_right = torch.stack([t.logits.argmax(1) for t in teachers]) == target
+        student_right = (student.logits.argmax(1) == target).expand_as(known)
+        rows = torch.stack([known, known & student_right, known & expert_right])
+        self.counts += rows.flatten(2).sum(2).to(self.counts)
 
     def after_validation(self) -> None:
         """Set the weights from the validation that has just ended."""
         counts = sum_over_ranks(self.counts)
-        seen, mine, theirs = counts / counts[0].clamp(min=1)
+        seen, student, expert = counts / counts[0].clamp(min=1)
         # an expert that is never right has nothing to teach
-        gap = (theirs - mine) / ((1 - self.threshold) * theirs).clamp(min=1e-12)
-        weights = torch.where(mine < self.threshold * theirs, 1.0, gap.clamp(0.0, 1.0))
-        self.paced.copy_(torch.where(seen > 0, weights, self.paced))
+        gap = (expert - student) / ((1 - self.threshold) * expert).clamp(min=1e-12)
+        weights = torch.where(student < self.threshold * expert, 1.0, gap.clamp(0.0, 1.0))
+        self.expert_weights.copy_(torch.where(seen > 0, weights, self.expert_weights))
         self.counts.zero_()
         self._running = None
 

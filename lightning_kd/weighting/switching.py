@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lightning_kd.outputs import NetworkOutput
 from lightning_kd.weighting.base import Space, Weighting
-from lightning_kd.weighting.fixed import check_weights
+from lightning_kd.weighting.fixed import check_given_weights
 
 
 class Switching(Weighting):
     """One teacher for each batch, drawn at random; the others are not run.
 
     In expectation the gradient is that of the average, at the cost of one teacher. All ranks draw
-    the same teacher, and a resumed run goes on with the same sequence. When the ensemble is
-    measured, every teacher counts with its probability.
+    the same teacher, and a resumed run continues the same sequence. When the ensemble is
+    evaluated, every teacher is weighted by its probability.
 
     Args:
-        probabilities: One number >= 0 for each teacher, scaled to sum to 1; ``null``: all equal.
-        seed: Of the sequence of teachers.
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        probabilities: One number >= 0 for each teacher, scaled to sum to 1; ``None``: all equal.
+        seed: Seed of the sequence of teachers.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Raises:
         ValueError: If a probability is negative or not finite, or none is positive.
@@ -42,15 +42,15 @@ class Switching(Weighting):
     ) -> None:
         super().__init__(space)
         if probabilities is not None:
-            check_weights(probabilities)
+            check_given_weights(probabilities)
         self.probabilities, self.seed = probabilities, seed
         self.draws = 0
 
     def active(self, num_teachers: int) -> Sequence[int]:
-        """The drawn teacher; all of them when the ensemble is measured.
+        """The drawn teacher; all of them when the ensemble is evaluated.
 
         Raises:
-            ValueError: If the number of probabilities is not that of the teachers.
+            ValueError: If there is not one probability per teacher.
         """
         given = self.probabilities or [1.0] * num_teachers
         if len(given) != num_teachers:
@@ -59,7 +59,7 @@ class Switching(Weighting):
             )
         if not self.training:
             return range(num_teachers)
-        draw = random.Random(f"{self.seed}-{self.draws}")  # a generator of its own: ranks agree
+        draw = random.Random(f"{self.seed}-{self.draws}")  # its own random state: ranks agree
         self.draws += 1
         return draw.choices(range(num_teachers), given)
 
@@ -77,5 +77,5 @@ class Switching(Weighting):
         return {"draws": self.draws}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on after that many draws."""
+        """Restore the number of draws."""
         self.draws = state["draws"]

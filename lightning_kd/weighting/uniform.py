@@ -10,10 +10,10 @@ from lightning_kd.weighting.base import Weighting
 
 
 class Uniform(Weighting):
-    """Every teacher counts the same.
+    """Every teacher has the same weight.
 
     Args:
-        space: ``"probability"`` or ``"logit"``: where answers are averaged.
+        space: ``"probability"`` or ``"logit"``: the space in which outputs are averaged.
 
     Source:
         Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2; You et al., KDD 2017.

@@ -141,7 +141,7 @@ def test_ctrl_c_says_what_stands(fit, tmp_path, caplog, kept):
     keep = ModelCheckpoint(tmp_path / "kept", filename="last", enable_version_counter=False)
     with pytest.raises(SystemExit):
         fit(*([keep] if kept else []), Stop(), enable_checkpointing=kept)
-    said = "last.ckpt. To go on, add it as --ckpt_path." if kept else "There is no checkpoint yet."
+    said = "last.ckpt. To resume, add it as --ckpt_path." if kept else "There is no checkpoint yet."
     assert f"Interrupted.{'' if kept else ' '}" in caplog.text
     assert said in caplog.text
 

@@ -18,11 +18,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_kd import DataFree, Teacher
 from lightning_kd.callbacks import DistillationReport, ExportStudent
 from lightning_kd.cli import main
+from tests.conftest import Frozen
 from tests.test_configs import ROOT, untrained
 
 CONFIGS = sorted((ROOT / "configs" / "digits").glob("*.yaml"))
 SMALLER = {  # a round without data
-    "student_steps": 3, "source_steps": 2, "warm_up": 0, "round_images": 24, "batch_size": 24,
+    "student_steps": 3, "generator_steps": 2, "warm_up": 0, "round_images": 24, "batch_size": 24,
     "capacity": 100,
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ class Method:
                 for k, v in n.state_dict().items()
             }
             self.kept["whole"] = self.fit(
-                callbacks=[Saver(self.checkpoint)], export=self.folder / "export"
+                callbacks=[Saver(self.checkpoint), Frozen()], export=self.folder / "export"
             )
         return self.kept["whole"]
 

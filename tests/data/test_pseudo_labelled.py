@@ -172,7 +172,7 @@ def test_missing_and_damaged_files_are_told(folder, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         ready(folder)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no file of pseudo-labels"):
+    with pytest.raises(ValueError, match="not a file of pseudo-labels"):
         ready(folder)
     from safetensors import safe_open
 
@@ -196,7 +196,7 @@ def test_files_of_two_runs_are_not_mixed(folder, tmp_path, make_trainer):
         facts = file.metadata() | {"files": "2"}
     save_file(load_file(path), path, facts)
     save_file(load_file(path), folder / "pseudo_labels_1.safetensors", facts | {"run": "other"})
-    with pytest.raises(ValueError, match="is of another run"):
+    with pytest.raises(ValueError, match="comes from another run"):
         ready(folder)
 
 

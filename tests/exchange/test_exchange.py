@@ -199,7 +199,7 @@ def test_fusion_teaches_and_is_taught():
     torch.testing.assert_close(terms["fusion/soft_target"], wanted)
     wide = Fusion("a")
     wide.build([peers[0], NetworkOutput(peers[1].logits, {"a": torch.randn(4, 3, 7, 7).double()})])
-    with pytest.raises(ValueError, match="to give maps"):
+    with pytest.raises(ValueError, match="to output maps"):
         Fusion("a").build(
             [NetworkOutput(p.logits, {"a": global_average_pool(p.features["a"])}) for p in peers]
         )

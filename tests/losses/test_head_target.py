@@ -20,7 +20,7 @@ def network(seed, width=4):
 
 
 def build(heads=3, teachers=3, **options):
-    student = MultiBranch(network(0), "layer2", 3, alike=True)
+    student = MultiBranch(network(0), "layer2", 3, same_weights=True)
     others = [network(seed, 8) for seed in range(1, teachers + 1)]
     return MultiTeacher(student, others, [HeadTarget(heads, 3.0)], task_weight=0.0, **options)
 
@@ -34,7 +34,7 @@ def test_each_head_learns_from_its_teacher(shares):
     module._build(IMAGES)
     loss = module.compute_losses(IMAGES, None)["head_target"]
     slow = 0.0
-    for m, head in enumerate(twin.answers(IMAGES)):
+    for m, head in enumerate(twin.branch_logits(IMAGES)):
         said = module.teachers[m].network(IMAGES).detach()
         gap = reference.soft_target(head, said[None], torch.ones(1).double(), 3.0)
         slow = slow + (1 / 3 if shares is None else shares[m]) * gap
@@ -45,14 +45,14 @@ def test_each_head_learns_from_its_teacher(shares):
 
 
 def test_heads_begin_alike_and_part(make_trainer, digits):
-    student = MultiBranch(resnet8(in_channels=1, width=4), "layer2", 2, alike=True)
+    student = MultiBranch(resnet8(in_channels=1, width=4), "layer2", 2, same_weights=True)
     one, two = (list(branch.parameters()) for branch in student.branches)
     assert all(torch.equal(a, b) and a is not b for a, b in zip(one, two, strict=True))
     teachers = [network(seed, 8).float() for seed in (1, 2)]
     module = MultiTeacher(student, teachers, [HeadTarget(2)])
     make_trainer(max_epochs=1).fit(module, datamodule=digits())
     assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a.dim() > 1)
-    answers = student.eval().answers(IMAGES.float())
+    answers = student.eval().branch_logits(IMAGES.float())
     assert answers.shape == (2, 5, 10)
     mean = answers.softmax(2).mean(0)
     torch.testing.assert_close(student(IMAGES.float()).softmax(1), mean)

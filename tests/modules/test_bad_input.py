@@ -118,7 +118,7 @@ def test_a_broken_state_is_never_saved(make_module, make_trainer, digits, tmp_pa
 )
 def test_weights_that_are_none_are_told(weights, message, make_module):
     class Strange(Weighting):
-        def forward(self, teachers, student, target):
+        def forward(self, student, teachers, target):
             return weights
 
     module = make_module(weighting=Strange())

@@ -63,7 +63,8 @@ def build(tiny):
         ]
         defaults = {
             "image_losses": [] if generator == "noise" else losses, "round_images": 16,
-            "generator_steps": 2, "student_steps": 3, "batch_size": 8, "warm_up": 1, "temperature": 4.0,
+            "generator_steps": 2, "student_steps": 3, "batch_size": 8, "warm_up": 1,
+            "temperature": 4.0,
         }  # fmt: skip
         return DataFree(tiny(4), teacher, GENERATORS[generator](), **{**defaults, **options})
 
@@ -356,7 +357,7 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
         ({"student_steps": 0}, "student_steps >= 1"),
         ({"distance": "cosine"}, '"kl", "l1" or "mse"'),
         ({"temperature": 0.0}, "temperature > 0"),
-        ({"views": 2}, "views >= 1 together with"),
+        ({"views": 2}, "views >= 1, with crop_padding"),
         ({"generator": "pixels", "reset_rounds": [3]}, "no reset_rounds with this Pixels"),
         ({"generator": "none", "reset_rounds": [3]}, "no reset_rounds with this MetaGenerator"),
         ({"crop_padding": -1}, "crop_padding >= 0"),
@@ -426,7 +427,7 @@ def test_mistakes_in_a_term_of_ones_own_are_told(build, make_trainer, answer, er
 def test_a_run_within_the_warm_up_and_data_that_nobody_uses_are_told(build, make_trainer, digits):
     with pytest.warns(UserWarning, match="4 rounds, all of them within the warm-up of 9"):
         make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(warm_up=9), datamodule=rounds())
-    with pytest.warns(UserWarning, match="holds? some, which are not used"):
+    with pytest.warns(UserWarning, match="uses no training data"):
         make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(), datamodule=digits())
 
 

@@ -67,7 +67,7 @@ def test_a_label_that_no_teacher_knows_teaches_the_gate_nothing(space):
     teachers = [NetworkOutput(partial), NetworkOutput(partial - 1)]
     gate = LearnedGate(space=space)
     gate.build(NetworkOutput(torch.randn(2, 3)), teachers)
-    weights = gate(teachers, NetworkOutput(torch.randn(2, 3)), None)
+    weights = gate(NetworkOutput(torch.randn(2, 3)), teachers, None)
     loss = gate.loss(TeacherOutputs(teachers, weights, space), torch.tensor([2, 0]))
     loss.backward()
     assert loss.isfinite()
@@ -109,7 +109,7 @@ def test_students_gradient_is_zero_not_missing_when_nobody_teaches(tiny):
         tiny(4), [tiny(6)], losses=[Hint("relu", "relu")], weighting=SelfPaced(), task_weight=0.0
     )
     module._build(X)
-    module.distillation.weighting.load_state_dict({"paced": torch.zeros(1)})
+    module.distillation.weighting.load_state_dict({"expert_weights": torch.zeros(1)})
     torch.stack(list(module.compute_losses(X, Y).values())).sum().backward()
     assert all(p.grad is not None for p in module.student.parameters())
 
@@ -200,7 +200,7 @@ def test_dense_outputs_average_over_labelled_positions():
     torch.testing.assert_close(task_cross_entropy(logits, target).mean(), wanted)
     gate, teacher = LearnedGate(), NetworkOutput(torch.randn(2, 3, 4, 4))
     gate.build(NetworkOutput(logits), [teacher])
-    weights = gate([teacher], NetworkOutput(logits), None)
+    weights = gate(NetworkOutput(logits), [teacher], None)
     loss = gate.loss(TeacherOutputs([teacher], weights), target.clamp(min=0))
     wanted = torch.nn.functional.cross_entropy(teacher.logits, target.clamp(min=0))
     torch.testing.assert_close(loss, wanted)

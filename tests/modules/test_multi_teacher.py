@@ -231,7 +231,7 @@ def test_what_nobody_reads_of_a_teacher_is_not_computed(tiny):
 def test_distillation_stops_when_the_student_has_caught_up(build, make_trainer, digits):
     module = build("hint", "self_paced")
     module._build(torch.zeros(1, 1, 8, 8))
-    module.distillation.weighting.load_state_dict({"paced": torch.zeros(2)})
+    module.distillation.weighting.load_state_dict({"expert_weights": torch.zeros(2)})
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     terms = module.compute_losses(x, y)
     assert float(terms["hint"].detach()) == 0.0

@@ -247,7 +247,7 @@ def test_branches_share_a_trunk_that_runs_once(name, tiny, make_trainer, digits)
     make_trainer(max_epochs=1).fit(module, datamodule=digits())
     for k in range(3):
         plain = tiny(4).eval()
-        plain.load_state_dict(module.peers.state(k))
+        plain.load_state_dict(module.peers.network(k).state_dict())
         module.eval()
         with torch.no_grad():
             torch.testing.assert_close(plain(x), network.branches[k](network.shared(x)))

@@ -13,7 +13,7 @@ from lightning_kd import MultiTeacher, Supervised, Teacher
 from lightning_kd.callbacks import TemperatureScheduler
 from lightning_kd.losses import AttentionTransfer, Hint, LogitMSE, SoftTarget
 from lightning_kd.schedules import Linear
-from tests.conftest import TinyNet, assert_same_state, state_of
+from tests.conftest import Frozen, TinyNet, assert_same_state, state_of
 
 
 def all_losses():
@@ -37,15 +37,6 @@ def test_fit_leaves_teachers_bit_identical_and_trains_the_student(
         assert_same_state(state_of(teacher.network), state)
         assert all(p.grad is None for p in teacher.network.parameters())
     assert all(not torch.equal(v, student[k]) for k, v in module.student.state_dict().items())
-
-
-class Frozen(Callback):
-    """Looks at the teachers after each batch."""
-
-    def on_train_batch_end(self, trainer, module, *args):
-        for teacher in module.teachers:
-            assert not any(part.training for part in teacher.network.modules())
-            assert not any(p.requires_grad for p in teacher.network.parameters())
 
 
 def test_a_run_gives_teachers_back_as_they_were(tiny, make_trainer, digits):

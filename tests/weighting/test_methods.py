@@ -215,20 +215,20 @@ def test_self_paced_weights_equal_the_reference_and_stop_at_the_experts_level(th
     student, experts = right_on([0.1, 0.6]), [right_on([0.8, 0.0]), right_on([0.0, 0.9])]
     paced = SelfPaced(threshold, classes=classes)
     paced.build(student, experts)
-    assert paced.paced.tolist() == [1.0, 1.0]
+    assert paced.expert_weights.tolist() == [1.0, 1.0]
     paced.observe(student, experts, labels)
     paced.after_validation()
     wanted = [
         reference.self_paced_weight(0.1, 0.8, threshold),
         reference.self_paced_weight(0.6, 0.9, threshold),
     ]
-    torch.testing.assert_close(paced.paced, torch.tensor(wanted))
+    torch.testing.assert_close(paced.expert_weights, torch.tensor(wanted))
     assert float(paced.strength) == pytest.approx(sum(wanted) / 2)
     torch.testing.assert_close(paced(student, experts, None), torch.tensor(wanted) / sum(wanted))
     twin = SelfPaced(threshold, classes=classes)
     twin.build(student, experts)
     twin.load_state_dict(paced.state_dict())
-    assert torch.equal(twin.paced, paced.paced)
+    assert torch.equal(twin.expert_weights, paced.expert_weights)
     paced.observe(experts[0], experts, labels)  # the student has caught up with the first
     paced.after_validation()
     assert list(paced.active(2)) == [1]
@@ -277,7 +277,7 @@ def test_domain_similarity_prefers_the_teacher_of_the_same_domain(divergence, ti
     kept = weights.clone()
     weighting.calibrate(far, [network, network])  # once only
     assert torch.equal(weighting.weights, kept)
-    with pytest.raises(ValueError, match="one source and layer for each of 3"):
+    with pytest.raises(ValueError, match="one file and layer for each of 3"):
         weighting.active(3)
     with pytest.raises(FileNotFoundError, match="save_domain"):
         DomainSimilarity(["nowhere"], "relu")

@@ -1,4 +1,4 @@
-"""Where images come from when there is no data."""
+"""Generators: they make the images when there is no data."""
 
 from lightning_kd.data_free.generators.base import BaseGenerator
 from lightning_kd.data_free.generators.generator import Generator

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 class BaseGenerator(nn.Module, ABC):
     """Makes images, and learns from a loss how to make better ones.
 
-    A round calls ``start_round``, then some times ``forward`` and ``step``, then ``end_round``.
+    A round calls ``start_round``, then ``forward`` and ``step`` repeatedly, then ``end_round``.
     """
 
     #: whether good images take a round to make, so that a replay buffer must keep them
@@ -19,11 +19,11 @@ class BaseGenerator(nn.Module, ABC):
 
     @property
     def can_reset(self) -> bool:
-        """Whether ``reset`` has something to forget."""
+        """Whether ``reset`` has anything to reset."""
         return False
 
     def make_optimizer(self) -> Optimizer | None:
-        """Optimizer that outlives a round and is kept in checkpoints; None: there is none."""
+        """Optimizer that outlives a round and is kept in checkpoints; ``None``: there is none."""
         return None
 
     @abstractmethod
@@ -36,7 +36,7 @@ class BaseGenerator(nn.Module, ABC):
 
     @abstractmethod
     def step(self, loss: Tensor, optimizer: Optimizer | None) -> None:
-        """Take one step against the gradient of a loss of the last images."""
+        """Take one step against the gradient of a loss on the last images."""
 
     def end_round(self, optimizer: Optimizer | None) -> None:
         """Finish the round."""
@@ -48,8 +48,8 @@ class BaseGenerator(nn.Module, ABC):
             NotImplementedError: If this generator takes a round to make images.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} cannot sample images at once: add the callback ReplayBuffer."
+            f"{type(self).__name__} cannot sample images directly: add the callback ReplayBuffer."
         )
 
     def reset(self, random: torch.Generator) -> None:
-        """Forget part of what was learned, against collapse."""
+        """Reset part of what was learned, to counter collapse."""

@@ -14,8 +14,8 @@ class Generator(BaseGenerator):
     """A network that turns noise into images and is trained from round to round.
 
     Args:
-        network: Takes noise (B, latent) and gives images in [0, 1]; its attribute ``latent`` says
-            how much, see ``lightning_kd.models.ImageGenerator``.
+        network: Takes noise (B, latent) and returns images in [0, 1]; its attribute ``latent`` is
+            the noise's length, see ``lightning_kd.models.ImageGenerator``.
         learning_rate: Of Adam, with betas (0.5, 0.999).
 
     Source:
@@ -45,7 +45,7 @@ class Generator(BaseGenerator):
         return self._adam(self.network.parameters(), self.learning_rate)
 
     def start_round(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
-        """Remember how many; noise is drawn anew for each step."""
+        """Set the number of images; new noise is drawn at each step."""
         self._count, self._random = count, random
 
     def forward(self) -> Tensor:
@@ -63,7 +63,7 @@ class Generator(BaseGenerator):
         return self._images(count, random)
 
     def reset(self, random: torch.Generator) -> None:
-        """Draw the first linear layer anew, and the scales of the first BatchNorm layer."""
+        """Redraw the first linear layer, and the scales of the first BatchNorm layer."""
         layer = next((m for m in self.network.modules() if isinstance(m, nn.Linear)), None)
         if layer is None:
             raise TypeError(

@@ -14,15 +14,15 @@ from lightning_kd.utils.seeds import drawn_globally
 
 
 class MetaGenerator(Generator):
-    """A generator whose weights are a good start: each round adapts a copy, with its noise.
+    """A generator whose weights are a good start: each round adapts a copy, and its noise.
 
     Args:
-        network: Takes noise (B, latent) and gives images in [0, 1], (B, C, H, W); has ``latent``.
-        learning_rate: Of the copy, Adam with betas (0.5, 0.999); the start moves with so many times
-            this rate as a round has steps.
-        latent_rate: Of the noise.
+        network: Takes noise (B, latent) and returns images in [0, 1], (B, C, H, W); has ``latent``.
+        learning_rate: Of the copy, Adam with betas (0.5, 0.999); the start moves at this
+            rate times the steps of a round.
+        latent_rate: Learning rate of the noise.
         meta: How the start learns from the copy: ``"fomaml"`` (the copy's gradients, summed),
-            ``"reptile"`` (the way that it went) or ``"none"``: not at all, and the copy begins each
+            ``"reptile"`` (how far it moved) or ``"none"``: not at all, and the copy begins each
             round with new random weights, as in CMI.
 
     Raises:
@@ -43,19 +43,19 @@ class MetaGenerator(Generator):
         if meta not in ("fomaml", "reptile", "none"):
             raise ValueError(f'Expected meta "fomaml", "reptile" or "none", got {meta!r}.')
         self.latent_rate, self.meta, self.needs_replay = latent_rate, meta, meta == "none"
-        self._twin: tuple[nn.Module, ...] = ()  # a tuple: it is made anew, not saved
+        self._twin: tuple[nn.Module, ...] = ()  # a tuple, so that it is not saved
         self._steps = 0
 
     def start_round(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
-        """Copy the network and draw noise, which is trained along."""
+        """Copy the network and draw noise, which is trained, too."""
         first = next(self.network.parameters())
         old = next(self._twin[0].parameters()) if self._twin else None
         if old is None or (old.device, old.dtype) != (first.device, first.dtype):
             self._twin = (copy.deepcopy(self.network),)
         with torch.no_grad():
             start = self._anew(random) if self.meta == "none" else self.network
-            for mine, theirs in zip(_tensors(self._twin[0]), _tensors(start), strict=True):
-                mine.copy_(theirs)
+            for copied, original in zip(_tensors(self._twin[0]), _tensors(start), strict=True):
+                copied.copy_(original)
         self.noise = self._noise(count, random).requires_grad_()
         rates = [
             {"params": list(self._twin[0].parameters())},
@@ -66,7 +66,7 @@ class MetaGenerator(Generator):
         self.network.zero_grad()
 
     def forward(self) -> Tensor:
-        """Images of the copy, of the same noise as before."""
+        """Images of the copy, from the same noise at each step."""
         images: Tensor = self._twin[0](self.noise)
         return images
 
@@ -76,23 +76,23 @@ class MetaGenerator(Generator):
         self._inner.zero_grad()
         torch.autograd.backward(loss, inputs=[*twin.parameters(), self.noise])
         if self.meta == "fomaml":
-            for mine, theirs in zip(self.network.parameters(), twin.parameters(), strict=True):
-                if theirs.grad is not None:
-                    new = theirs.grad.clone()
-                    mine.grad = new if mine.grad is None else mine.grad.add_(new)
+            for start, adapted in zip(self.network.parameters(), twin.parameters(), strict=True):
+                if adapted.grad is not None:
+                    new = adapted.grad.clone()
+                    start.grad = new if start.grad is None else start.grad.add_(new)
         self._inner.step()
         self._steps += 1
 
     def end_round(self, optimizer: Optimizer | None) -> None:
-        """Move the start; under several processes by the mean of what their copies found."""
+        """Move the start; with several processes, by the mean of what their copies found."""
         del self.noise, self._inner
         if optimizer is None:
             return
         if self.meta == "reptile":
-            for mine, theirs in zip(
+            for start, adapted in zip(
                 self.network.parameters(), self._twin[0].parameters(), strict=True
             ):
-                mine.grad = (mine - theirs).detach()
+                start.grad = (start - adapted).detach()
         average_gradients(list(self.network.parameters()))
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * self._steps

@@ -10,7 +10,7 @@ from lightning_kd.data_free.generators.base import BaseGenerator
 
 
 class Noise(BaseGenerator):
-    """Images of uniform noise, which nobody trains: the baseline of all others."""
+    """Images of uniform noise, without training: the baseline for all others."""
 
     def start_round(self, count: int, shape: Sequence[int], random: torch.Generator) -> None:
         """Draw the images of this round."""

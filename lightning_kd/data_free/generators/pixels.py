@@ -14,7 +14,7 @@ class Pixels(BaseGenerator):
 
     Args:
         learning_rate: Of Adam on the pixels, whose sigmoid is the image.
-        shift: Roll images by up to so many pixels before each look, so that they do not depend on
+        shift: Roll images by up to this many pixels at each step, so that they do not depend on
             the grid.
 
     Source:
@@ -54,5 +54,5 @@ class Pixels(BaseGenerator):
         self._inner.step()
 
     def end_round(self, optimizer: Optimizer | None) -> None:
-        """Forget them."""
+        """Discard them."""
         del self.pixels, self._inner

@@ -1,4 +1,4 @@
-"""What an image that nobody took should be like: terms of a generator's loss."""
+"""Image losses: what synthetic images should be like."""
 
 from lightning_kd.data_free.image_losses.activation import Activation
 from lightning_kd.data_free.image_losses.adversarial import Adversarial

@@ -9,16 +9,16 @@ from lightning_kd.functional import jensen_shannon_of_logits, kl_divergence, log
 
 
 class Adversarial(ImageLoss):
-    """Images on which the student differs from its teacher; the difference is made large.
+    """Images on which the student differs from its teacher; the distance is maximised.
 
     Args:
         weight: Multiplier of this loss in the total.
         distance: ``"kl"``, ``"l1"`` (of logits, DFAD) or ``"js"`` (DeepInversion).
-        masked: Count images only on which both see the same class, as CMI and Fast-Datafree do.
+        masked: Count only images on which both predict the same class (CMI, Fast-Datafree).
         temperature: Softening of both, > 0; not for ``"l1"``.
 
     Raises:
-        ValueError: If ``distance`` is none of these or ``temperature`` not positive.
+        ValueError: If ``distance`` is none of these or ``temperature`` is not positive.
 
     Source:
         Micaelli & Storkey 2019 (ZSKT), https://arxiv.org/abs/1905.09768; DFAD,
@@ -47,11 +47,11 @@ class Adversarial(ImageLoss):
         assert inputs.student is not None
         student, teacher, t = inputs.student.logits, inputs.teacher.logits, self.temperature
         if self.distance == "kl":
-            apart = kl_divergence(student, teacher, t, t)
+            distances = kl_divergence(student, teacher, t, t)
         elif self.distance == "l1":
-            apart = logit_l1(student, teacher)
+            distances = logit_l1(student, teacher)
         else:
-            apart = jensen_shannon_of_logits(student, teacher, t)
+            distances = jensen_shannon_of_logits(student, teacher, t)
         if self.masked:
-            apart = apart * (student.argmax(1) == teacher.argmax(1))
-        return -apart.mean()
+            distances = distances * (student.argmax(1) == teacher.argmax(1))
+        return -distances.mean()

@@ -15,7 +15,7 @@ Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Unread:
-    """Stands for what no image loss has asked for."""
+    """Stands for an input that no image loss reads."""
 
     def __init__(self, name: str, flag: str) -> None:
         self._name, self._flag = name, flag
@@ -36,20 +36,20 @@ class Unread:
 
 @dataclass(frozen=True)
 class ImageLossInputs:
-    """A batch of images in the making.
+    """A batch of images, and what else image losses read.
 
     Args:
         images: In [0, 1], with gradient, shape (B, C, H, W).
-        target: What the teacher is to see in them: labels (B,) or probabilities (B, K).
-        teacher: What it sees.
-        student: What the student sees; None unless somebody reads it.
+        target: What the teacher is meant to predict: labels (B,) or probabilities (B, K).
+        teacher: The teacher's output.
+        student: The student's output; ``None`` unless a loss reads it.
         statistics: Of each BatchNorm layer of the teacher: mean and variance of its input, and
-            those it remembers, each of shape (C,); empty unless somebody reads them.
-        class_share: Share of each class in the memory, shape (K,); None without a memory.
-        description: What each BatchNorm layer of the teacher is given, averaged over each image,
-            shape (B, D), D all their channels; None unless somebody reads it.
-        describe: The same of other images (B, C, H, W), by asking the teacher.
-        random: Of this round.
+            its running ones, each of shape (C,); empty unless a loss reads them.
+        class_share: Share of each class in the memory, shape (K,); ``None`` without a memory.
+        description: Input of each BatchNorm layer of the teacher, averaged over each image,
+            shape (B, D), D all their channels; ``None`` unless a loss reads it.
+        describe: The same for other images (B, C, H, W), by running the teacher.
+        random: Random numbers of this round.
     """
 
     images: Tensor
@@ -66,21 +66,21 @@ class ImageLossInputs:
 
 
 class ImageLoss(nn.Module, ABC):
-    """One wish of what images should be like. Subclass it and give ``forward``.
+    """One criterion for images. Subclass it and implement ``forward``.
 
     Args:
-        weight: Multiplier of this loss in the total of the image source.
+        weight: Multiplier of this loss in the total.
     """
 
-    #: whether the student is asked about the images
+    #: whether the student is run on the images
     reads_student = False
     #: whether inputs of the teacher's BatchNorm layers are measured
     reads_statistics = False
     #: whether those inputs are averaged for each image
     reads_descriptions = False
-    #: of Adam on what the term itself learns
+    #: of Adam for the loss's own parameters
     learning_rate = 1e-3
-    #: whether the term waits until the student has begun to learn
+    #: whether the loss is left out until the student starts to train
     waits = False
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -97,11 +97,11 @@ class ImageLoss(nn.Module, ABC):
         return ()
 
     def build(self, description: Tensor) -> None:
-        """Size what the term learns by the description of one image, (1, D); once."""
+        """Size own parameters by the description of one image, (1, D); called once."""
 
     @abstractmethod
     def forward(self, inputs: ImageLossInputs) -> Tensor:
-        """Unweighted scalar, to be minimised by the image source."""
+        """Unweighted scalar, to be minimised by the generator."""
 
     def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
         """Called with the images of a round that are kept, (B, C, H, W)."""
@@ -110,7 +110,7 @@ class ImageLoss(nn.Module, ABC):
 def image_losses_by_name(
     losses: Mapping[str, ImageLoss] | Sequence[ImageLoss],
 ) -> dict[str, ImageLoss]:
-    """Key each image loss by its name in the log: the user's, or its class's, numbered if equal.
+    """Key each image loss by its name in the log: the user's, or its class's, numbered if repeated.
 
     Raises:
         TypeError: If ``losses`` is neither a list nor a mapping, or holds something else.

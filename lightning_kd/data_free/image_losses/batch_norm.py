@@ -10,15 +10,15 @@ from lightning_kd.functional import statistics_gap
 
 
 class BatchNormStatistics(ImageLoss):
-    """Images whose features have the statistics that the teacher's BatchNorm layers remember.
+    """Images whose features match the running statistics of the teacher's BatchNorm layers.
 
-    Measured while inverting only, in float32.
+    Measured only while images are made, in float32.
 
     Args:
         weight: Multiplier of this loss in the total.
-        momentum: Compare ``momentum`` times a running mean over the rounds plus the rest of the
-            batch's own statistics, as Fast-Datafree does; the gradient is then ``1 - momentum``
-            times as large, from the second round on. 0: the batch alone.
+        momentum: Compare ``momentum`` times a running mean over the rounds plus ``1 - momentum``
+            times the batch's own statistics, as Fast-Datafree does; the gradient is then scaled
+            by ``1 - momentum``, from the second round on. 0: the batch alone.
 
     Raises:
         ValueError: If ``momentum`` is not in [0, 1).
@@ -51,11 +51,11 @@ class BatchNormStatistics(ImageLoss):
         return statistics_gap((now[2 * k], now[2 * k + 1], *wanted[k]) for k in range(len(wanted)))
 
     def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
-        """Move the running statistics to those of the last images."""
+        """Move the running statistics towards those of the last images."""
         if not self.momentum:
             return
         before = self._running or self._last
-        self._running = [  # of a checkpoint they may lie on another device
+        self._running = [  # from a checkpoint they may be on another device
             old.to(new).lerp(new, 1 - self.momentum)
             for old, new in zip(before, self._last, strict=True)
         ]
@@ -65,5 +65,5 @@ class BatchNormStatistics(ImageLoss):
         return {"running": self._running}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self._running = list(state["running"])

@@ -7,7 +7,7 @@ from lightning_kd.functional import class_balance
 
 
 class ClassBalance(ImageLoss):
-    """Batches in which the teacher sees all classes equally often.
+    """Batches in which the teacher predicts all classes equally often.
 
     Source:
         Chen et al. 2019 (DAFL), https://arxiv.org/abs/1904.01186, equation 6. Differs from the

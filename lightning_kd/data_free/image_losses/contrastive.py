@@ -13,26 +13,26 @@ from lightning_kd.functional import info_nce, resized_crop
 class Contrastive(ImageLoss):
     """Images that the teacher can tell from each other, and from those of earlier rounds.
 
-    What the teacher's BatchNorm layers are given, averaged over each image, describes it. A small
-    head, trained along, is to find an image's crop closer to the image than to all others.
+    The inputs of the teacher's BatchNorm layers, averaged over each image, describe it. A small
+    head, trained along, should place an image's crop closer to the image than to all others.
 
     Args:
         weight: Multiplier of this loss in the total.
         temperature: Softening of the similarities, > 0.
         width: Of the head, two linear layers.
         bank: Descriptions of earlier images to keep, >= 0; 40,960 as published.
-        negatives: How many of them are drawn for each look, >= 0.
+        negatives: How many of them are drawn at each step, >= 0.
         smallest: Area of the smallest crop, as a share of the image.
-        learning_rate: Of the head, by Adam.
+        learning_rate: Of Adam for the head.
 
     Raises:
         ValueError: If a number is out of range.
 
     Source:
         Fang et al. 2021 (CMI), https://arxiv.org/abs/2105.08584, equation 7. As in the authors'
-        code, no gradient goes through the side of whole images. Differs from it: crops are taken of
-        the augmented images, the bank holds whole images only and is smaller by default, nothing
-        but the images in the making trains the head, whose hidden layer has its ``width`` too.
+        code, no gradient flows through the whole images. Differs from it: crops are taken from
+        the augmented images, the bank holds whole images only and is smaller by default, only the
+        current images train the head, and its hidden layer has its ``width`` too.
     """
 
     reads_descriptions = True
@@ -88,12 +88,12 @@ class Contrastive(ImageLoss):
             )
             others = others[chosen]
         own = next(self.head.parameters())
-        told = self.head(torch.cat([crop, whole, others]).to(own.dtype))
-        crops, wholes = told[: len(images)], told[len(images) :].detach()
+        embeddings = self.head(torch.cat([crop, whole, others]).to(own.dtype))
+        crops, wholes = embeddings[: len(images)], embeddings[len(images) :].detach()
         return info_nce(crops, wholes, self.temperature).mean()
 
     def after_round(self, images: Tensor, describe: Callable[[Tensor], Tensor]) -> None:
-        """Remember what the images that were kept are like."""
+        """Add the descriptions of the images that were kept to the bank."""
         if self.capacity:
             kept = describe(images)
             self._bank = torch.cat([self._bank.to(kept), kept])[-self.capacity :]
@@ -103,5 +103,5 @@ class Contrastive(ImageLoss):
         return {"bank": self._bank}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Restore it."""
         self._bank = state["bank"]

@@ -7,19 +7,19 @@ from lightning_kd.functional import modulating_weights, soft_cross_entropy
 
 
 class OneHot(ImageLoss):
-    r"""Images in which the teacher sees what it was told to see.
+    r"""Images for which the teacher predicts the target.
 
     .. math:: \frac{1}{B} \sum_x \phi(x) \, CE(z_T(x) / \tau, y)
 
     Args:
         weight: Multiplier of this loss in the total.
-        modulate: Weigh images by SSD-KD's modulating function: rare classes and images that the
-            teacher finds hard count for more. Else all count the same.
+        modulate: Weight images by SSD-KD's modulating function: rare classes and images that the
+            teacher finds hard count more. Else all count the same.
         gamma: Strength of the difficulty in it, >= 0.
         detach: No gradient through the modulating function.
         normalize: Divide it by its mean in the batch.
-        diversity_norm: Multiply its first factor by K / (K - 1), so that it is 1 where the memory
-            holds all classes alike.
+        diversity_norm: Multiply its first factor by K / (K - 1), so that it is 1 if the memory
+            holds all classes equally often.
         temperature: Softening of the teacher, > 0.
 
     Raises:

@@ -12,13 +12,13 @@ from lightning_kd.data_free.replay.samplers import Sampler
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """A batch out of a memory.
+    """A batch from a memory.
 
     Args:
-        indices: Where they lie, shape (B,).
+        indices: Places in the memory, shape (B,).
         images: In [0, 1], shape (B, C, H, W).
-        logits: What the teacher said of them when they came, shape (B, K); None: it was not asked.
-        weights: Of each in the loss, shape (B,); None: all the same.
+        logits: The teacher's, from when they were stored, shape (B, K); ``None``: not computed.
+        weights: Of each in the loss, shape (B,); ``None``: all the same.
     """
 
     indices: Tensor
@@ -38,21 +38,21 @@ class ReplayMemory(Protocol):
         """Draw a batch."""
 
     def update_priorities(self, batch: ReplayBatch, divergences: Tensor) -> None:
-        """Take note of how far the student was from its teacher on a batch, shape (B,)."""
+        """Report the student's divergences from its teacher on a batch, shape (B,)."""
 
     def class_share(self) -> Tensor:
         """Share of each class among the images of all processes, shape (K,); 0 if empty."""
 
 
 class Memory:
-    """A ring of images as bytes, with what the teacher said of them, on one device.
+    """A ring of images as bytes, with the teacher's logits, on one device.
 
     Args:
         capacity: Images to keep; ``None``: all, and the memory grows.
         sampler: How to draw.
-        evict: Who goes when it is full: ``"oldest"`` or ``"lowest_priority"``.
+        evict: What to drop when it is full: ``"oldest"`` or ``"lowest_priority"``.
         num_classes: K.
-        device: Where it lies.
+        device: Where it is kept.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Memory:
         """Remember a batch.
 
         Args:
-            images: As ``stored`` gives them back, in [0, 1], shape (B, C, H, W).
+            images: In [0, 1], shape (B, C, H, W); kept rounded to bytes.
             logits: Of the teacher on them, shape (B, K).
             priorities: Shape (B,).
 
@@ -88,7 +88,7 @@ class Memory:
         if self.capacity is not None and count > self.capacity:
             raise ValueError(
                 f"Expected at most {self.capacity} images at once, the memory's capacity, got "
-                f"{count}: raise capacity, or make fewer images (or views) a round."
+                f"{count}: raise capacity, or make fewer images (or views) per round."
             )
         self._make_room(images, logits)
         free = min(count, len(self.images) - self.size)
@@ -98,7 +98,7 @@ class Memory:
         self.counts.index_add_(0, self.logits[evicted].argmax(1), -torch.ones_like(evicted).float())
         places = torch.cat([fresh, evicted])
         self.images[places] = images_to_bytes(images)
-        kept = logits.to(self.logits.dtype)  # rounded, it may see another class
+        kept = logits.to(self.logits.dtype)  # rounding may change the class
         self.logits[places] = kept
         self.priorities[places] = priorities.to(self.priorities.dtype)
         self.counts.index_add_(
@@ -107,10 +107,10 @@ class Memory:
         self.size += free
 
     def sample(self, count: int, random: torch.Generator) -> ReplayBatch:
-        """Draw a batch by the sampler.
+        """Draw a batch with the sampler.
 
         Raises:
-            ValueError: If nothing is remembered.
+            ValueError: If the memory is empty.
         """
         if not self.size:
             raise ValueError("Expected images in the memory, got none: extend it first.")
@@ -119,16 +119,16 @@ class Memory:
         return ReplayBatch(indices, images, self.logits[indices], weights)
 
     def update_priorities(self, batch: ReplayBatch, divergences: Tensor) -> None:
-        """Give images that were drawn the priority of their weighted divergence, shape (B,)."""
+        """Set the priorities of drawn images to their weighted divergences, shape (B,)."""
         if self.sampler.prioritizes and batch.weights is not None:
             self.priorities[batch.indices] = (batch.weights * divergences).to(self.priorities.dtype)
 
     def renew(self, distance: Callable[[Tensor, Tensor], Tensor], count: int) -> None:
-        """Give every image the priority of its divergence now, ``count`` at a time.
+        """Set the priority of every image to its current divergence, ``count`` at a time.
 
         Args:
             distance: Divergences (B,) of images (B, C, H, W) and the teacher's logits (B, K).
-            count: Images asked about at once.
+            count: Images per call.
         """
         for start in range(0, self.size, count):
             rows = slice(start, min(start + count, self.size))
@@ -136,15 +136,15 @@ class Memory:
             self.priorities[rows] = found.to(self.priorities.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Contents, place by place, and where the oldest is."""
+        """Contents, place by place, and the place of the oldest."""
         rows = {n: getattr(self, n)[: self.size] for n in ("images", "logits", "priorities")}
         return {**rows, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over contents, of several memories one after the other.
+        """Load contents, of several memories one after the other.
 
         Raises:
-            ValueError: If they are more than fit.
+            ValueError: If they do not fit.
         """
         images, logits = state["images"], state["logits"]
         if self.capacity is not None and len(images) > self.capacity:
@@ -158,7 +158,7 @@ class Memory:
             return
         device = self.counts.device
         priorities = state["priorities"]
-        if len(images) != self.capacity:  # there is room behind the oldest now
+        if len(images) != self.capacity:  # there is room now, after the newest
             rows = (images, logits, priorities)
             images, logits, priorities = (row.roll(-self.position, 0) for row in rows)
             self.position = 0
@@ -188,7 +188,7 @@ class Memory:
             setattr(self, name, new)
 
     def _evicted(self, count: int) -> Tensor:
-        """Places to write over, which are known without asking the device for numbers."""
+        """Places to overwrite, found without waiting for the device."""
         if self.evict == "lowest_priority":
             return self.priorities[: self.size].topk(count, largest=False).indices
         places = torch.arange(self.position, self.position + count, device=self.counts.device)

@@ -9,7 +9,7 @@ from lightning_kd.functional import importance_weights, priority_probabilities
 
 
 class Sampler(ABC):
-    """Which remembered images a student sees next. Nothing here waits for the device."""
+    """Chooses the remembered images that a student sees next, without waiting for the device."""
 
     #: whether divergences are to be written back as priorities
     prioritizes = False
@@ -43,10 +43,10 @@ class Uniform(Sampler):
 
 
 class Prioritized(Sampler):
-    r"""Images on which the student is far from its teacher come more often.
+    r"""Images on which the student is far from its teacher are drawn more often.
 
-    Drawn images get the priority :math:`w \cdot KL`, so that at rest they are drawn in proportion
-    to :math:`KL^{\alpha / (1 + \alpha \beta)}`.
+    Drawn images get the priority :math:`w \cdot KL`, so that in equilibrium they are drawn in
+    proportion to :math:`KL^{\alpha / (1 + \alpha \beta)}`.
 
     Args:
         alpha: How much priority counts, >= 0; 0 draws uniformly.
@@ -60,7 +60,7 @@ class Prioritized(Sampler):
 
     Source:
         Schaul et al. 2016, https://arxiv.org/abs/1511.05952; SSD-KD, equations 4 to 6. The paper
-        gives no constants: these won in probes.
+        gives no constants: these did best in trials.
     """
 
     prioritizes = True

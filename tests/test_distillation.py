@@ -1,0 +1,247 @@
+"""The core without Lightning: a plain loop, losses on tensors, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_kd import Cohort, Distillation, MultiTeacher, NetworkOutput, PeerCohort, losses
+from lightning_kd.exchange import Fusion
+from lightning_kd.losses import (
+    AttentionTransfer,
+    DecoupledKL,
+    Hint,
+    KnowledgeFlow,
+    LogitMSE,
+    Relational,
+    SoftTarget,
+)  # fmt: skip
+from lightning_kd.weighting import Confidence, LearnedGate
+from tests import reference
+from tests.conftest import TinyNet, assert_same_state, state_of
+
+X, Y = torch.rand(8, 1, 8, 8), torch.arange(8) % 10
+
+
+# ---------------------------------------------------------------------- a plain loop
+
+
+def test_a_plain_loop_trains_the_student_and_leaves_teachers_alone():
+    """The loop that README shows."""
+    student, teachers = TinyNet(), [TinyNet(8), TinyNet(6)]
+    before = [state_of(teacher) for teacher in teachers]
+    distillation = Distillation(
+        student, teachers, losses={"kd": SoftTarget(4.0, weight=0.9), "hint": Hint("relu", "relu")}
+    )
+    distillation.build(X)
+    optimizer = torch.optim.SGD(distillation.parameters(), lr=0.1)
+    found = []
+    for _ in range(20):
+        result = distillation(X, Y)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+        found.append(float(result["loss"].detach()))
+    assert list(result) == ["loss", "task", "kd", "hint", "output"]
+    total = result["task"] + result["kd"] + result["hint"]
+    torch.testing.assert_close(result["loss"], total)
+    assert result["output"].shape == (8, 10)
+    assert found[-1] < 0.8 * found[0]
+    for teacher, state in zip(teachers, before, strict=True):
+        assert_same_state(state_of(teacher), state)
+        assert all(p.grad is None for p in teacher.parameters())
+    assert not [name for name in distillation.state_dict() if "teachers" in name]
+
+
+def test_the_plain_loop_and_the_lightning_module_compute_the_same(make_trainer):
+    torch.manual_seed(1)
+    student, teacher = TinyNet(dropout=0.0), TinyNet(8)
+    core = Distillation(copy.deepcopy(student), copy.deepcopy(teacher))
+    result = core(X, Y)
+    module = MultiTeacher(student, [teacher])
+    module._build(X)
+    named = module.compute_losses(X, Y)
+    for name, value in named.items():
+        assert torch.equal(value, result[name]), name
+    expected = 0.9 * 16 * reference_kl(result["output"], teacher.eval()(X), 4.0)
+    torch.testing.assert_close(result["soft_target"], expected)
+    torch.testing.assert_close(result["task"], 0.1 * F.cross_entropy(result["output"], Y))
+
+
+def reference_kl(student, teacher, temperature):
+    return reference.kl_divergence(student, teacher, temperature, temperature).mean()
+
+
+def test_a_core_that_was_built_by_hand_is_trained_by_a_trainer(make_trainer, digits):
+    module = MultiTeacher(TinyNet(), [TinyNet(8)], [SoftTarget(), Hint("relu", "relu")])
+    module.distillation.build(X)
+    adapter = module.distillation.losses["hint"].projections[0]
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=digits())
+    assert module.distillation.losses["hint"].projections[0] is adapter
+    assert "val/accuracy" in trainer.callback_metrics
+
+
+def test_one_teacher_needs_no_list_and_a_student_alone_no_losses():
+    alone = Distillation(TinyNet(), task_weight=1.0)(X, Y)
+    assert list(alone) == ["loss", "task", "output"]
+    with_teacher = Distillation(TinyNet(), TinyNet(8))(X, None)
+    assert list(with_teacher) == ["loss", "soft_target", "output"]
+
+
+def test_adapters_made_too_late_are_reported():
+    distillation = Distillation(TinyNet(), TinyNet(8), [Hint("relu", "relu")])
+    with pytest.warns(UserWarning, match=r"call build\(images\) before the optimizer is made"):
+        distillation(X, Y)
+
+
+def test_a_cohort_in_a_plain_loop_equals_the_lightning_module():
+    torch.manual_seed(0)
+    peers = [TinyNet(4), TinyNet(6)]
+    cohort = Cohort(copy.deepcopy(peers), teachers=[TinyNet(8)])
+    result = cohort(X, Y)
+    assert result["output"].shape == (2, 8, 10)
+    module = PeerCohort(peers, teachers=list(cohort.teachers.networks()))
+    module._build(X)
+    named = module.compute_losses(X, Y)
+    assert set(named) == set(result) - {"loss", "output"}
+    for name, value in named.items():
+        assert torch.equal(value, result[name]), name
+    optimizer = torch.optim.SGD(cohort.parameters(), lr=0.1)
+    first = float(result["loss"].detach())
+    for _ in range(15):
+        loss = cohort(X, Y)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < first
+
+
+def test_a_forward_pass_without_anything_to_learn_is_refused():
+    with pytest.raises(ValueError, match="Expected at least one loss, got none"):
+        Distillation(TinyNet(), TinyNet(8), losses=[])(X, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"losses": SoftTarget()}, TypeError, "Expected a list of losses, or a mapping"),
+        ({"losses": [3]}, TypeError, "Expected losses of type DistillationLoss, got int"),
+        ({"losses": {"task": SoftTarget()}}, ValueError, "taken in the log, got 'task'"),
+        ({"losses": {"a.b": SoftTarget()}}, ValueError, "made of letters, digits and _"),
+        ({"losses": {"items": SoftTarget()}}, ValueError, "no method of a mapping"),
+        ({"teachers": 3}, TypeError, "Expected a list of teachers, got int"),
+        ({"teachers": [3]}, TypeError, "Expected teachers of type Module, got int"),
+        ({"weighting": 3}, TypeError, "Expected weighting of type Weighting, got int"),
+        ({"task": 3}, TypeError, "Expected task of type Task, got int"),
+        ({"student": 3}, TypeError, "Expected student of type Module, got int"),
+    ],
+)
+def test_wrong_parts_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        Distillation(**{"student": TinyNet(), "teachers": [TinyNet(8)], **options})
+
+
+# ---------------------------------------------------------------------- losses on tensors
+
+
+def test_logit_losses_take_tensors():
+    student = torch.randn(4, 5, requires_grad=True)
+    teacher, target = torch.randn(4, 5), torch.tensor([0, 4, -1, 2])
+    loss = SoftTarget(4.0)(student, teacher)
+    torch.testing.assert_close(loss, 16 * reference_kl(student, teacher, 4.0))
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    rows = LogitMSE()(student.detach(), teacher)
+    torch.testing.assert_close(rows, F.mse_loss(student.detach(), teacher))
+    two = [teacher, torch.randn(4, 5)]
+    value = DecoupledKL()(student, two, target)
+    assert value.dim() == 0
+    once = DecoupledKL()(NetworkOutput(student), [NetworkOutput(t) for t in two], target)
+    torch.testing.assert_close(value, once)
+    # several teachers count the same: for a divergence that is the mean of the divergences
+    halves = [SoftTarget(1.0)(student, t) for t in two]
+    both = torch.autograd.grad(SoftTarget(1.0)(student, two), student)[0]
+    torch.testing.assert_close(both, torch.autograd.grad(sum(halves) / 2, student)[0])
+
+
+def test_what_teachers_say_is_detached_for_tensors_too():
+    teacher = torch.randn(4, 5, requires_grad=True)
+    SoftTarget()(torch.randn(4, 5, requires_grad=True), teacher).backward()
+    assert teacher.grad is None
+
+
+def test_layer_losses_take_features_and_size_themselves_at_first_use():
+    student, teacher = torch.randn(4, 3, 6, 6, requires_grad=True), torch.randn(4, 8, 3, 3)
+    hint = Hint("any", "any")
+    assert not list(hint.parameters())
+    first = hint(student, teacher)
+    first.backward()
+    assert all(p.grad is not None for p in hint.parameters())
+    assert torch.equal(hint(student, teacher), first)  # the same adapter
+    by_hand = (hint.projections[0](student) - teacher).square().mean()
+    torch.testing.assert_close(first, by_hand)
+    two = Hint("any", "any")(student, [teacher, torch.randn(4, 5, 6, 6)])
+    assert two.isfinite()
+    maps = AttentionTransfer("a", ["b", "c"])(student, [teacher, teacher])
+    torch.testing.assert_close(maps, AttentionTransfer("a", "b")(student, teacher))
+    assert Relational("a", "a")(torch.randn(4, 7), torch.randn(4, 3)).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (KnowledgeFlow("a", "a"), "KnowledgeFlow, which reads more than one tensor"),
+        (losses.GraphDistillation("a", "a"), "GraphDistillation, which reads more than one tensor"),
+        (losses.HeadTarget(2), "HeadTarget, which reads more than one tensor"),
+    ],
+)
+def test_losses_that_need_more_than_a_tensor_say_so(loss, message):
+    with pytest.raises(TypeError, match=message):
+        loss(torch.randn(4, 3), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("teachers", [[], "abc", 3.0, [None]])
+def test_teachers_of_other_types_are_refused(teachers):
+    with pytest.raises(TypeError, match="teachers as tensors or NetworkOutput"):
+        SoftTarget()(torch.randn(4, 3), teachers)
+
+
+# ---------------------------------------------------------------------- weight averaging
+
+
+@pytest.mark.parametrize("kind", ["hint", "gate", "fusion"])
+def test_weight_averaging_copies_what_a_dry_run_sizes(kind, make_trainer, digits, tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Watched(EMAWeightAveraging):
+        def on_train_end(self, trainer, module):
+            self.live = state_of(module)
+            super().on_train_end(trainer, module)
+
+    torch.manual_seed(0)
+    module = {
+        "hint": lambda: MultiTeacher(TinyNet(), [TinyNet(8)], [SoftTarget(), Hint("relu", "relu")]),
+        "gate": lambda: MultiTeacher(TinyNet(), [TinyNet(8), TinyNet(6)], weighting=LearnedGate()),
+        "fusion": lambda: PeerCohort([TinyNet(), TinyNet(6)], Fusion("relu")),
+    }[kind]()
+    averaging = Watched(decay=0.5)
+    trainer = make_trainer(max_epochs=2, callbacks=[averaging])
+    trainer.fit(module, datamodule=digits())
+    part = {"hint": "projections", "gate": "gate.weight", "fusion": "exchange"}[kind]
+    names = [n for n, p in module.named_parameters() if part in n and p.requires_grad]
+    assert names
+    assert any(not torch.equal(averaging.live[n], module.state_dict()[n]) for n in names)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    path = tmp_path / "averaged.ckpt"
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["state_dict"].keys() == module.state_dict().keys()
+
+
+def test_weightings_see_students_first():
+    """One order of arguments everywhere: student, teachers, target."""
+    student, teachers = NetworkOutput(torch.randn(3, 4)), [NetworkOutput(torch.randn(3, 4))] * 2
+    assert Confidence()(student, teachers, torch.tensor([0, 1, 2])).shape == (2, 3)
+    assert isinstance(Distillation(TinyNet(), [TinyNet(8)]).losses, nn.ModuleDict)
