@@ -47,7 +47,7 @@ class BaseDistillation(nn.Module, ABC):
 
     @abstractmethod
     def attach(self) -> None:
-        """Find the layers that are read again, where some were replaced (SyncBatchNorm does)."""
+        """Find layers again where some were replaced, as SyncBatchNorm does."""
 
     @abstractmethod
     def losses_and_output(
@@ -90,23 +90,23 @@ class BaseDistillation(nn.Module, ABC):
 
     @abstractmethod
     def exported_state(self, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of one of them, under its own names, out of a state of this object."""
+        """Weights of one exported network, under its own names, from a state of this object."""
 
     @abstractmethod
     def exported_config(self, name: str, options: Mapping[str, Any]) -> Any:
-        """Configuration of one of them, out of a paradigm's options; None: there is none."""
+        """Configuration of one exported network, from a paradigm's options; None: unknown."""
 
     def scores(self, logged: Mapping[str, Any]) -> list[float]:
-        """The watched metric of each of them in what was logged, as far as there are several."""
+        """The watched metric of each exported network; empty where there is only one."""
         return []
 
     def best_network(self, scores: Sequence[float]) -> str:
-        """Name of the one to keep, given their ``scores``."""
+        """Name of the exported network to keep, given their ``scores``."""
         return next(iter(self.exported_networks()))
 
     @abstractmethod
     def output(self, x: Tensor) -> NetworkOutput:
-        """The answer for images (B, C, H, W), as it is predicted."""
+        """The output for images (B, C, H, W) that is predicted and measured."""
 
     @abstractmethod
     def metrics(self) -> dict[str, Metric]:
@@ -116,7 +116,7 @@ class BaseDistillation(nn.Module, ABC):
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
-        """Measure one batch; with ``observe`` what learns from validation sees it, too."""
+        """Measure one batch; with ``observe``, parts that learn from validation see it."""
 
     @abstractmethod
     def after_validation(self) -> None:

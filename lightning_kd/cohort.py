@@ -77,7 +77,7 @@ class Cohort(BaseDistillation):
         for loss in named.values():
             if type(loss).attach is not DistillationLoss.attach:
                 raise ValueError(
-                    f"Expected losses that compare answers, got {type(loss).__name__}, which uses "
+                    f"Expected losses that compare outputs, got {type(loss).__name__}, which uses "
                     f"a teacher's layers: peers are being trained. Give it in teacher_losses."
                 )
         self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
@@ -121,9 +121,9 @@ class Cohort(BaseDistillation):
         peers = self.peers(views)
         losses: dict[str, Tensor] = {}
         for k, taught in enumerate(self.exchange(peers, self.task.hard_target(target))):
-            if self.peers.mine in (None, k):
+            if self.peers.own_index in (None, k):
                 losses |= self.peer_losses(k, peers[k], taught, target, teachers[k])
-        if self.peers.mine is not None:
+        if self.peers.own_index is not None:
             losses = self.peers.with_others(losses)
         else:
             losses |= self.exchange.extra_losses(peers, target)
@@ -169,7 +169,7 @@ class Cohort(BaseDistillation):
         Args:
             k: Which peer.
             peer: Its output.
-            taught: What its peers teach it; None: nothing now.
+            taught: Outputs that its peers teach it; None: nothing now.
             target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
             teachers: Outputs of trained teachers, by their index.
         """
@@ -182,7 +182,7 @@ class Cohort(BaseDistillation):
             if taught is not None:
                 value = loss.weight * loss(peer, taught, hard)
             adapters = [p.sum() for p in loss.parameters()]
-            if adapters:  # DDP wants a gradient of each, whoever teaches
+            if adapters:  # DDP wants a gradient of each in every step
                 value = value + 0.0 * torch.stack(adapters).sum()
             losses[name] = value
         if teachers:
@@ -276,17 +276,17 @@ class Cohort(BaseDistillation):
         return self.peers.whole_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:
-        """The cohort's answer as log-probabilities."""
+        """Log-probabilities of the cohort as an ensemble."""
         return NetworkOutput(self.exchange.log_probabilities(self._same_input(x)))
 
     def metrics(self) -> dict[str, Metric]:
-        """Metrics of the cohort's answer, the watched one of each peer, agreement of each pair."""
+        """Metrics of the ensemble, the watched one of each peer, agreement of each pair."""
         return cohort_metrics(self.task, self._example, self.names)
 
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
-        """Measure every peer, the cohort's answer, and how far peers agree."""
+        """Measure every peer, their ensemble, and how far peers agree."""
         peers = self._same_input(x)
         answer = NetworkOutput(self.exchange.log_probabilities(peers))
         named = dict(zip(self.names, peers, strict=True))

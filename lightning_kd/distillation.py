@@ -95,7 +95,7 @@ class Distillation(BaseDistillation):
         Args:
             x: Images, shape (B, C, H, W).
             target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
-            teacher_logits: What teachers said of these images, (B, M, K); None: they are asked.
+            teacher_logits: Of every teacher, (B, M, K), where they are cached; None: teachers run.
         """
         indices: Sequence[int] = ()
         teachers: list[NetworkOutput] = []
@@ -114,7 +114,7 @@ class Distillation(BaseDistillation):
         if teachers:
             losses |= self.distillation_losses(student, teachers, indices, target)
         if len(indices) < len(self.teachers) and self.losses:
-            # DDP and optimizers see every adapter each step, whoever was asked
+            # DDP and optimizers see every adapter each step, whichever teachers ran
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
             rest.append(student.logits.sum())
             first = next(iter(self.losses))
@@ -158,7 +158,7 @@ class Distillation(BaseDistillation):
         Args:
             student: The student's output.
             teachers: Outputs of the teachers of these ``indices``.
-            indices: Which teachers were asked.
+            indices: Which teachers ran.
             target: Labels (B, ...), -1 where unlabelled, or soft labels; None: none.
         """
         target = self.task.hard_target(target)
@@ -166,7 +166,7 @@ class Distillation(BaseDistillation):
         check_weights(trust, self.weighting, len(teachers), len(student.logits))
         outputs = TeacherOutputs(teachers, trust, self.weighting.space, indices)
         losses: dict[str, Tensor] = {}
-        if trust.requires_grad:  # not every loss asks for it, and DDP wants a gradient
+        if trust.requires_grad:  # not every loss uses it, and DDP wants a gradient
             losses["gate"] = 0.0 * trust.sum()
         for name, loss in zip(self.losses, self._losses(), strict=True):
             losses[name] = loss.weight * self.weighting.strength * loss(student, outputs, target)
@@ -183,7 +183,7 @@ class Distillation(BaseDistillation):
             return {}
         indices, trust = found
         shares = (trust.mean(1) if trust.dim() == 2 else trust).unbind()
-        # who was not asked counted for nothing
+        # a teacher that did not run had no weight
         logged = {f"trust_{m}": trust.new_zeros(()) for m in range(len(self.teachers))}
         return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
 
@@ -201,7 +201,7 @@ class Distillation(BaseDistillation):
         teachers = self.teachers.build(self.teacher_layers, x)
         self.task.check({"the student": student}, teachers, num_classes)
         refuse_unknown_classes(self._losses(), teachers)
-        self.weighting.active(len(self.teachers))  # a wrong number of weights is reported now
+        self.weighting.active(len(self.teachers))  # reports a wrong number of weights
         self.build_parts(student, teachers)
         self.example, self.input_shape, self._tap = student, tuple(x.shape[1:]), tap
         self.attach()
@@ -281,7 +281,7 @@ class Distillation(BaseDistillation):
         if teachers:
             indices = tuple(self.weighting.active(len(teachers)))
             asked = [teachers[m] for m in indices]
-            # without labels: an answer that was weighed by the right one would be no measurement
+            # without labels: an ensemble that is weighed by the right answer measures nothing
             trust = self.weighting(student, asked, None)
             mean = TeacherOutputs(asked, trust, self.weighting.space, indices).log_probabilities()
             ensemble = NetworkOutput(mean)

@@ -1,4 +1,4 @@
-"""What is measured of a student and its teachers, and of a cohort, in the words of their task."""
+"""What is measured of a student with its teachers and of a cohort, as their task defines it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def update_student_metrics(
         metrics: Of ``student_metrics``.
         student: The student's output.
         teachers: Output of each teacher.
-        ensemble: The teachers' mean answer; None: there are no teachers.
+        ensemble: The teachers' mean output; None: there are no teachers.
         target: Labels (B, ...), -1 where unlabelled; None: only the agreement is measured.
     """
     if ensemble is not None:
@@ -60,7 +60,7 @@ def update_student_metrics(
 
 
 def cohort_metrics(task: Task, example: NetworkOutput, names: Sequence[str]) -> dict[str, Metric]:
-    """Metrics of a cohort's answer, the watched one of each peer, the agreement of each pair.
+    """Metrics of a cohort's ensemble, the watched one of each peer, the agreement of each pair.
 
     Args:
         task: What is asked.
@@ -86,7 +86,7 @@ def update_cohort_metrics(
         task: What is asked.
         metrics: Of ``cohort_metrics``.
         peers: Output of each peer by its name.
-        answer: The cohort's own answer.
+        answer: The cohort's output as an ensemble.
         target: Labels (B, ...), -1 where unlabelled; None: only the agreement is measured.
     """
     for (j, one), (k, other) in combinations(enumerate(peers.values()), 2):

@@ -34,7 +34,7 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class Peers(nn.Module):
-    """Several networks, or one of several branches, asked together.
+    """Several networks, or one of several branches, run together.
 
     Args:
         networks: Two or more networks, or exactly one ``MultiBranch`` or ``Tree``.
@@ -58,8 +58,8 @@ class Peers(nn.Module):
                         f"Expected peers to be separate networks, but peers "
                         f"{owners[p.data_ptr()]} and {index} share weights: build each anew."
                     )
-        #: the one peer that this process asks, where each process has its own; None: it asks all
-        self.mine: int | None = None
+        #: the one peer that this process runs, where each process has its own; None: all of them
+        self.own_index: int | None = None
         self._taps: list[Tap] = []
         self._trunk: Tap | None = None
 
@@ -103,15 +103,15 @@ class Peers(nn.Module):
         return bool(self._taps)
 
     def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
-        """Ask every peer.
+        """Run every peer.
 
         Args:
             views: Images (B, C, H, W) for each peer; branches share the first.
         """
-        if self.mine is not None:
-            own = self._taps[self.mine](views[self.mine])
+        if self.own_index is not None:
+            own = self._taps[self.own_index](views[self.own_index])
             everyone = [NetworkOutput(logits) for logits in gather_over_ranks(own.logits)]
-            return [own if k == self.mine else other for k, other in enumerate(everyone)]
+            return [own if k == self.own_index else other for k, other in enumerate(everyone)]
         if self._batch is not None:
             return self._batch(views)
         if not self.branching:
@@ -126,7 +126,7 @@ class Peers(nn.Module):
         return answers
 
     def refresh(self, index: int, x: Tensor) -> NetworkOutput:
-        """Ask one peer again after its step, for what it teaches: no gradient, no statistics."""
+        """Run one peer again after its step, as a teacher: no gradient, no statistics."""
         with torch.no_grad(), frozen_statistics(self.networks[index]):
             return self._taps[index](x)
 
@@ -135,11 +135,11 @@ class Peers(nn.Module):
         if not own:
             return own  # nobody has a loss, as ``total_loss`` will say
         values = gather_over_ranks(torch.stack(list(own.values())))
-        prefix = f"peer_{self.mine}/"
+        prefix = f"peer_{self.own_index}/"
         losses: dict[str, Tensor] = {}
         for k, theirs in enumerate(values):
             names = [f"peer_{k}/{name.removeprefix(prefix)}" for name in own]
-            losses |= own if k == self.mine else dict(zip(names, theirs, strict=True))
+            losses |= own if k == self.own_index else dict(zip(names, theirs, strict=True))
         return losses
 
     # ------------------------------------------------------------------ each as a network

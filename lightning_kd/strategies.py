@@ -143,7 +143,7 @@ class PeerPerProcess(DDPStrategy):
         own = {
             index: _to_cpu(state["state"][index])
             for index, parameter in enumerate(_parameters(optimizer))
-            if id(parameter) in self._mine() and index in state["state"]
+            if id(parameter) in self._own_parameters() and index in state["state"]
         }
         everyone: Any = [None] * self.world_size if self.is_global_zero else None
         torch.distributed.gather_object(own, everyone)
@@ -156,10 +156,10 @@ class PeerPerProcess(DDPStrategy):
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             for parameter in list(optimizer.state):
-                if id(parameter) not in self._mine():
+                if id(parameter) not in self._own_parameters():
                     del optimizer.state[parameter]
 
-    def _mine(self) -> set[int]:
+    def _own_parameters(self) -> set[int]:
         parts = parts_of(self._cohort)[self.global_rank]
         return {id(parameter) for part in parts for parameter in part.parameters()}
 
@@ -208,7 +208,7 @@ def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
             )
     for part in cohort.modules():
         if isinstance(part, Peers):  # those of the exchange's shadow too
-            part.mine = index
+            part.own_index = index
 
 
 def parts_of(cohort: Cohort) -> list[list[nn.Module]]:

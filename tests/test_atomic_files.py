@@ -55,7 +55,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
+def test_what_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Cannot write .*file/x: .* as it was"):
         write_atomically(tmp_path / "file" / "x", b"")
@@ -124,7 +124,7 @@ def saved(make_module, make_trainer, digits, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_told_and_an_older_one_offered(
+def test_a_truncated_checkpoint_is_reported_and_an_older_one_offered(
     kept, saved, make_module, make_trainer, digits
 ):
     older, newer = saved

@@ -141,7 +141,7 @@ def test_resume_over_the_command_line_equals_the_uninterrupted_run(fit, tmp_path
     assert_same_state(whole.model.state_dict(), resumed.model.state_dict())
 
 
-def test_saved_options_that_beat_the_command_line_are_told(fit, tmp_path):
+def test_saved_options_that_beat_the_command_line_are_reported(fit, tmp_path):
     fit()
     last = next((tmp_path / "run").rglob("last.ckpt"))
     with pytest.warns(UserWarning, match=r"\.task_weight = 0\.1 \(requested: 0\.7\)"):
@@ -224,14 +224,14 @@ def test_an_index_of_a_list_is_refused_in_a_sentence(capsys):
     assert "Expected options by name, got the index of a list" in said
 
 
-def test_unknown_key_in_a_file_is_told(tmp_path, capsys):
+def test_unknown_key_in_a_file_is_reported(tmp_path, capsys):
     config = yaml.safe_load((ROOT / "configs/digits/multi_teacher.yaml").read_text())
     config["model"]["init_args"]["teacher"] = config["model"]["init_args"].pop("teachers")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     assert "teacher" in message(capsys, "fit", "-c", str(tmp_path / "c.yaml"))
 
 
-def test_no_teachers_is_told(fit):
+def test_no_teachers_is_reported(fit):
     with pytest.raises(ValueError, match="Expected at least one teacher, got none"):
         fit("--model.teachers=[]")
 

@@ -125,7 +125,7 @@ def test_generations_that_are_no_better_end_it(breed, tmp_path):
     assert 1 <= len(accuracies) <= 4
 
 
-def test_mistakes_are_told(breed, tmp_path, capsys):
+def test_mistakes_are_reported(breed, tmp_path, capsys):
     for config in ("teacher", "tree"):
         with pytest.raises(ValueError, match="learns from a teacher"):
             breed(config=f"configs/digits/{config}.yaml")

@@ -109,7 +109,7 @@ class InversionReport(Callback):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._draw(folder / f"epoch_{trainer.current_epoch:03d}.png", images, probabilities)
 
-    def _draw(self, path: Path, images: Tensor, answers: Tensor) -> None:
+    def _draw(self, path: Path, images: Tensor, probabilities: Tensor) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -120,14 +120,14 @@ class InversionReport(Callback):
         figure = Figure(figsize=(11, max(3.6, 0.75 * rows)), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1), squeeze=False)[0]
-        order = answers[:shown].argmax(1).argsort(stable=True)
+        order = probabilities[:shown].argmax(1).argsort(stable=True)
         grid = left.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
         for axes, k in zip(grid.flat, order.tolist(), strict=False):
             image = images[k].float().clamp(0, 1).movedim(0, 2).cpu()
             axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray")
-            confidence, predicted = answers[k].max(0)
+            confidence, predicted = probabilities[k].max(0)
             axes.set_title(f"{int(predicted)}  {float(confidence):.2f}", fontsize=7, pad=2)
         left.suptitle("the teacher's predicted class, and its confidence", fontsize=8)
         panels = right.subplots(3 if memory is not None else 1, 1, squeeze=False)[:, 0]

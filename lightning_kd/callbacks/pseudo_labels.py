@@ -33,7 +33,7 @@ class PseudoLabels(Callback):
 
     def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
         self.folder, self.overwrite = folder, overwrite
-        self._said: list[Tensor] = []
+        self._outputs: list[Tensor] = []
         self._run = ""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +45,7 @@ class PseudoLabels(Callback):
                 f"Expected a data module of lightning_kd.data with predict_split train, got "
                 f"{type(data).__name__} with {split}: set --data.predict_split train."
             )
-        self._said = []
+        self._outputs = []
         self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
         refuse_to_overwrite(trainer, self._path(trainer, 0), self.overwrite)
 
@@ -64,13 +64,13 @@ class PseudoLabels(Callback):
                 f"Expected one output per image, probabilities (B, K), got shape "
                 f"{tuple(outputs.shape)}: PseudoLabels is for classification."
             )
-        self._said.append(outputs.detach())
+        self._outputs.append(outputs.detach())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write this process's file."""
         order = trainer.predict_dataloaders.sampler  # type: ignore[union-attr]
-        indices = [chosen for chosen, _ in order.batches()][: len(self._said)]
-        outputs, self._said = self._said, []
+        indices = [chosen for chosen, _ in order.batches()][: len(self._outputs)]
+        outputs, self._outputs = self._outputs, []
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         tensors = {

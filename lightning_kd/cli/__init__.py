@@ -63,7 +63,7 @@ class SaveRunConfig(SaveConfigCallback):
 class DistillationCLI(LightningCLI):
     """LightningCLI that fills in the data's classes and channels, and avoids jsonargparse traps."""
 
-    given: list[str]
+    given_args: list[str]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--overwrite``."""
@@ -77,8 +77,8 @@ class DistillationCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and remember what was given."""
         args = sys.argv[1:] if args is None else args
-        self.given = args if isinstance(args, list) else []
-        for arg in self.given:
+        self.given_args = args if isinstance(args, list) else []
+        for arg in self.given_args:
             if re.match(r"--[\w.]+\.\d+\.", arg):
                 parser.error(
                     f"Expected options by name, got the index of a list in {arg}: write losses as "
@@ -90,7 +90,7 @@ class DistillationCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in the data's properties, reset leaked options, and note ``--overwrite``."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        undone = drop_leaked(config, self.given)
+        undone = drop_leaked(config, self.given_args)
         if undone:
             rank_zero_info(
                 f"Options of a class that was replaced were reset to their defaults: "

@@ -86,7 +86,7 @@ class Batches:
         order: Which samples come when.
         fetch: Turns an iterator of index tensors into one of (images, labels).
         train: Add the random draws for augmentation to each batch, as bits.
-        beside: Instead of those draws, returns what to add, given indices (B,) and the epoch.
+        extra: Instead of those draws, returns what to add, given indices (B,) and the epoch.
     """
 
     batch_sampler = None  # Lightning reads it alongside `sampler`
@@ -96,9 +96,9 @@ class Batches:
         order: Order,
         fetch: Callable[[Iterator[Tensor]], Iterator[tuple[Tensor, Tensor]]],
         train: bool,
-        beside: Callable[[Tensor, int], tuple[Tensor, ...]] | None = None,
+        extra: Callable[[Tensor, int], tuple[Tensor, ...]] | None = None,
     ) -> None:
-        self.beside = beside
+        self.extra = extra
         self.sampler = order  # the name under which Lightning looks for set_epoch
         self.fetch, self.train = fetch, train
         self.position = 0
@@ -116,8 +116,8 @@ class Batches:
         batches = self.fetch(indices for indices, _ in plan)
         for (indices, draws), batch in zip(plan, batches, strict=True):
             self.position += 1
-            if self.beside is not None:
-                yield *batch, *self.beside(indices, epoch)
+            if self.extra is not None:
+                yield *batch, *self.extra(indices, epoch)
             else:
                 yield (*batch, as_bits(draws)) if self.train else batch
 

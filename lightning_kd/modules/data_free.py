@@ -35,11 +35,10 @@ class DataFree(Distiller):
         student: Network that learns.
         teacher: Trained network; frozen.
         generator: Makes the images.
-        image_losses: What images are to be like, each with its weight: a list, or a mapping of
+        image_losses: What images should be like, each with its weight: a list, or a mapping of
             names of your own.
-        targets: What the teacher is to see in them; ``None``: random labels.
-        losses: More of what is transferred, beside ``distance``; the teacher is then asked on every
-            draw.
+        targets: What the teacher should predict for them; ``None``: random labels.
+        losses: Distillation losses besides ``distance``; the teacher then runs on every draw.
         distance: Of student and teacher: ``"kl"`` (times the squared temperature), ``"l1"`` or
             ``"mse"`` of logits.
         temperature: Softening of both for ``"kl"``, > 0.
@@ -53,9 +52,9 @@ class DataFree(Distiller):
         reuse: Without a memory, learn all steps of a round from its own images; else from new ones.
         crop_padding: Random crops after padding by so many pixels, of all images; 0: none.
         flip: Random horizontal flips, likewise.
-        views: Remember each image in so many augmented views, each with the teacher's answer, and
+        views: Remember each image in so many augmented views, each with the teacher's logits, and
             draw from those; the memory's capacity counts views. ``None``: images are remembered as
-            they are, augmented at each draw, and the teacher is asked each time.
+            they are and augmented at each draw, and the teacher runs each time.
         seed: Of images, targets, draws and augmentation; ``None``: that of the run.
         options: Of ``Distiller``: ``task``, ``optimizer`` (of the student), ``scheduler``,
             ``scheduler_interval`` (a step is a round), ``metrics``, ``num_classes``.

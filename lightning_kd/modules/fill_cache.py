@@ -1,4 +1,4 @@
-"""Asking teachers once about every image of a data module, for a ``TeacherCache``."""
+"""Running teachers once on every image of a data module, for a ``TeacherCache``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PROBES = 32
 
 
 def fill_cache(module: Distiller, cache: TeacherCache) -> None:
-    """Find what teachers said in an earlier run, or ask them, every process a share of the images.
+    """Find the teacher outputs of an earlier run, or compute them, each process its share.
 
-    What is found is compared with what the teachers say now of a few images.
+    Cached outputs are compared with what the teachers return now for a few images.
 
     Args:
-        module: Whose teachers are asked; built, on its device.
+        module: Whose teachers run; built, on its device.
         cache: To fill.
 
     Raises:
-        ValueError: If a loss reads more than the cache keeps, the answers there are of something
+        ValueError: If a loss reads more than the cache keeps, the cached outputs are of something
             else, or processes do not share the folder.
     """
     distillation = module.distillation
@@ -41,25 +41,25 @@ def fill_cache(module: Distiller, cache: TeacherCache) -> None:
     count = len(data.training[1])
     everyone = trainer.strategy.reduce_boolean_decision
 
-    def ask(batch: Any) -> Tensor:
+    def run(batch: Any) -> Tensor:
         x = data.on_after_batch_transfer(move_data_to_device(batch, module.device), 0)[0]
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             return torch.stack([teacher(x).logits for teacher in teachers])
 
     few = torch.linspace(0, count - 1, min(PROBES, count)).long()
     probes = [
-        (view, indices, ask(batch))
+        (view, indices, run(batch))
         for view, indices, batch in data.views([(cache.views - 1, few)])
     ]  # fmt: skip
     shown = f"{data.fingerprint()} {data.image_shape} {data.crop_padding} {data.flip}"
     facts = cache.facts(teachers, shown, probes[0][2].shape[2])
     found = cache.find(facts, count)
     if everyone(found, all=False):
-        rank_zero_info(f"Answers of {len(teachers)} teachers are there: {cache.folder}")
+        rank_zero_info(f"Outputs of {len(teachers)} teachers are cached: {cache.folder}")
     else:
         rank_zero_info(
-            f"Asking {len(teachers)} teachers about {count} images in {cache.views} views, once; "
-            f"answers: {cache.folder}"
+            f"Running {len(teachers)} teachers once on {count} images in {cache.views} views; "
+            f"outputs: {cache.folder}"
         )
         token = trainer.strategy.broadcast(secrets.token_hex(8))
         there = trainer.is_global_zero and cache.create(facts, count, token, first=True)
@@ -67,11 +67,11 @@ def fill_cache(module: Distiller, cache: TeacherCache) -> None:
         if not trainer.is_global_zero:
             there = cache.create(facts, count, token, first=False)
         _refuse_other_disks(everyone(there, all=True), cache)
-        mine = torch.arange(trainer.global_rank, count, trainer.world_size)
-        batches = torch.split(mine, data.batch_size)
+        own = torch.arange(trainer.global_rank, count, trainer.world_size)
+        batches = torch.split(own, data.batch_size)
         plan = [(view, indices) for view in range(cache.views) for indices in batches]
         for view, indices, batch in data.views(plan):
-            cache.write(view, indices, ask(batch))
+            cache.write(view, indices, run(batch))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             cache.finish(facts, count, token)

@@ -61,7 +61,7 @@ class MultiTeacher(Distiller):
         self._cached = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """One step, with what teachers said of its images where that is cached."""
+        """One step, with the teachers' cached outputs where there are any."""
         if not self._cached:
             return super().training_step(batch, batch_idx)
         *batch, bits = batch

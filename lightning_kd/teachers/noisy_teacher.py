@@ -57,10 +57,10 @@ class NoisyTeacher(SubTeachers):
         found = []
         for index in indices:
             random = seeded(seed, index, device=x.device)
-            found.append(NetworkOutput(self.disturb(output.logits, random), output.features))
+            found.append(NetworkOutput(self.perturb(output.logits, random), output.features))
         return found
 
-    def disturb(self, logits: Tensor, random: torch.Generator) -> Tensor:
+    def perturb(self, logits: Tensor, random: torch.Generator) -> Tensor:
         """Add noise to logits (B, K, ...); those of unknown classes stay minus infinity."""
         # as one process would draw for all: each takes its share of the batch
         device, total = logits.device, len(logits) * world_size()

@@ -166,14 +166,14 @@ class TeacherCache:
         content = json.dumps({**facts, "images": images}, indent=2)
         write_atomically(self.folder / FACTS, content.encode())
 
-    def write(self, view: int, indices: Tensor, said: Tensor) -> None:
+    def write(self, view: int, indices: Tensor, logits: Tensor) -> None:
         """Keep the teachers' logits (M, B, K) for these images.
 
         Raises:
             ValueError: If a logit is not finite, or too large for half precision; or if a teacher
                 knows only some classes, with ``top_k``.
         """
-        values, places = self._shortened(said)
+        values, places = self._compress(logits)
         if places is not None:
             self._places[view, indices] = places
         self._values[view, indices] = values
@@ -181,15 +181,15 @@ class TeacherCache:
     def read(self, view: int, indices: Tensor) -> Tensor:
         """Logits (B, M, K) for these images, half precision, on the CPU."""
         values = self._values[view, indices]
-        return self._whole(values, None if self.top_k is None else self._places[view, indices])
+        return self._expand(values, None if self.top_k is None else self._places[view, indices])
 
-    def check(self, view: int, indices: Tensor, said: Tensor) -> None:
+    def check(self, view: int, indices: Tensor, logits: Tensor) -> None:
         """Compare the teachers' current logits (M, B, K) for these images with what is kept.
 
         Raises:
             ValueError: If they differ by more than rounding in half precision explains.
         """
-        now = self._whole(*self._shortened(said)).float()
+        now = self._expand(*self._compress(logits)).float()
         kept = self.read(view, indices).float()
         off = (now.softmax(2) - kept.softmax(2)).abs().max()
         if self.top_k is None:  # with it, the smallest that is kept may differ
@@ -211,8 +211,8 @@ class TeacherCache:
             self._draws = (view, torch.rand(images, columns, generator=random))
         return self._draws[1]
 
-    def _shortened(self, said: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = said.movedim(0, 1).float().cpu()
+    def _compress(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits.movedim(0, 1).float().cpu()
         unknown = logits == -torch.inf
         largest = float(logits[~unknown].abs().max())
         if not largest <= torch.finfo(torch.half).max:
@@ -230,7 +230,7 @@ class TeacherCache:
         values, places = logits.log_softmax(2).topk(self.top_k)
         return values.half(), places.int()
 
-    def _whole(self, values: Tensor, places: Tensor | None) -> Tensor:
+    def _expand(self, values: Tensor, places: Tensor | None) -> Tensor:
         if places is None:
             return values
         known = values.float()

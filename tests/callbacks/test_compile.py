@@ -83,7 +83,7 @@ def test_an_exception_leaves_plain_networks(make_trainer, digits):
     assert all(n._compiled_call_impl is None for n in [module.student, *module.teachers.networks()])
 
 
-def test_features_that_a_layer_changes_in_place_are_told(make_trainer, digits):
+def test_features_that_a_layer_changes_in_place_are_reported(make_trainer, digits):
     class InPlace(TinyNet):
         def forward(self, x):
             x = torch.nn.functional.dropout(self.conv(x), 0.5, self.training, inplace=True)

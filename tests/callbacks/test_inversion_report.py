@@ -61,7 +61,7 @@ def test_pictures_under_mixed_precision(tiny, make_trainer, tmp_path):
     assert len(report.history) == 3
 
 
-def test_collapse_is_told(tiny, make_trainer, tmp_path):
+def test_collapse_is_reported(tiny, make_trainer, tmp_path):
     with pytest.warns(UserWarning, match="generator collapses"):
         fit(tiny, make_trainer, tmp_path, spread=1e-3, every=0)
     assert not (tmp_path / "images").exists()

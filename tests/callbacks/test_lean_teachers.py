@@ -172,7 +172,7 @@ def test_a_network_that_begins_with_batch_norm():
         ({"batched": True, "dtype": "bfloat16"}, "Expected batched=True alone"),
     ],
 )
-def test_wrong_options_are_told(options, message):
+def test_wrong_options_are_reported(options, message):
     with pytest.raises(ValueError, match=message):
         LeanTeachers(**options)
 
@@ -202,6 +202,6 @@ def test_wrong_options_are_told(options, message):
         ),
     ],
 )
-def test_what_does_not_go_together_is_told(make_trainer, digits, make, options, message):
+def test_what_does_not_go_together_is_reported(make_trainer, digits, make, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(callbacks=[LeanTeachers(**options)]).fit(make(), datamodule=digits())

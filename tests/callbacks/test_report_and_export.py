@@ -167,7 +167,7 @@ def test_fast_dev_run_writes_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_format_and_foreign_module_are_told(make_trainer, tmp_path):
+def test_unknown_format_and_foreign_module_are_reported(make_trainer, tmp_path):
     from lightning.pytorch.demos.boring_classes import BoringModel
 
     with pytest.raises(ValueError, match=r"got \['tflite'\]"):

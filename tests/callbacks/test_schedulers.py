@@ -47,7 +47,7 @@ def test_several_schedulers_drive_their_own_number(make_module, make_trainer, di
     assert trainer.callback_metrics["schedule/losses.soft_target.temperature"] > 0
 
 
-def test_two_schedulers_of_one_number_are_told(make_module, make_trainer, digits):
+def test_two_schedulers_of_one_number_are_reported(make_module, make_trainer, digits):
     twice = [
         TemperatureScheduler(schedules.Linear(8, 4, 8)),
         AttributeScheduler("losses.soft_target.temperature", schedules.Linear(1, 2, 3)),
@@ -68,20 +68,20 @@ def test_two_schedulers_of_one_number_are_told(make_module, make_trainer, digits
         ("losses.soft_target.temperature_squared", "got bool"),
     ],
 )
-def test_a_target_that_is_no_number_is_told(target, message, make_module, make_trainer, digits):
+def test_a_target_that_is_no_number_is_reported(target, message, make_module, make_trainer, digits):
     callback = AttributeScheduler(target, schedules.Linear(1, 2, 3))
     with pytest.raises(ValueError, match=message):
         make_trainer(callbacks=[callback]).fit(make_module(), datamodule=digits())
 
 
-def test_a_temperature_that_reaches_zero_is_told(make_module, make_trainer, digits):
+def test_a_temperature_that_reaches_zero_is_reported(make_module, make_trainer, digits):
     callback = TemperatureScheduler(schedules.Linear(1, 0, 1))
     module = make_module(losses=[SoftTarget()])
     with pytest.raises(ValueError, match="stays > 0, got 0"):
         make_trainer(max_epochs=3, callbacks=[callback]).fit(module, datamodule=digits())
 
 
-def test_bad_schedules_are_told():
+def test_bad_schedules_are_reported():
     with pytest.raises(ValueError, match="duration > 0"):
         schedules.Linear(1, 2, 0)
     with pytest.raises(ValueError, match="one sign"):

@@ -134,7 +134,7 @@ def test_subset_counts_and_fractions():
         ({"labelled_fraction": 1.5}, "labelled_fraction from 0 to 1"),
     ],
 )
-def test_bad_options_are_told(options, message):
+def test_bad_options_are_reported(options, message):
     with pytest.raises(ValueError, match=message):
         Digits(**options)
 
@@ -148,7 +148,7 @@ def test_bad_options_are_told(options, message):
         ({"subset": 5, "drop_last": True}, "at least one batch"),
     ],
 )
-def test_empty_data_is_told(options, message):
+def test_empty_data_is_reported(options, message):
     data = Digits(**options)
 
     def start():
@@ -171,7 +171,7 @@ def test_every_rank_is_told_of_fewer_images_than_ranks(rank):
             loader()
 
 
-def test_labels_out_of_range_are_told():
+def test_labels_out_of_range_are_reported():
     class Wrong(Digits):
         num_classes = 9
 

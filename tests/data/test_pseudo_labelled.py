@@ -163,7 +163,7 @@ def test_other_images_are_refused(folder):
             ready(folder, **change)
 
 
-def test_missing_and_damaged_files_are_told(folder, tmp_path):
+def test_missing_and_damaged_files_are_reported(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="Expected pseudo-labels in"):
         ready(tmp_path / "elsewhere")
     path = folder / "pseudo_labels_0.safetensors"
@@ -211,7 +211,7 @@ def test_dense_answers_and_cached_data_are_refused(tmp_path, make_trainer):
         PseudoLabelled(Digits(teacher_cache=TeacherCache("x")), "x")
 
 
-def test_wrong_data_is_told(folder, tmp_path, make_trainer):
+def test_wrong_data_is_reported(folder, tmp_path, make_trainer):
     with pytest.raises(ValueError, match="with and without a label"):
         ready_all(tmp_path, make_trainer)
     for options, message in (
@@ -264,7 +264,7 @@ def test_the_command_line_runs_all_steps(tmp_path):
     torch.testing.assert_close(cli.datamodule.targets[known < 0], said[known < 0])
 
 
-def test_image_folders_are_told_apart_by_their_names(tmp_path):
+def test_image_folders_are_reported_apart_by_their_names(tmp_path):
     from torchvision.utils import save_image
 
     for name, count in (("a", 3), ("b", 3), (".", 6)):

@@ -70,12 +70,12 @@ def test_drawing_leaves_the_global_generator_alone():
 
 
 @pytest.mark.parametrize("kind", [SoftTransferTargets, DirichletTargets])
-def test_layers_that_are_not_linear_are_told(kind):
+def test_layers_that_are_not_linear_are_reported(kind):
     with pytest.raises(ValueError, match="to be linear, got ReLU"):
         kind("1").attach(teacher())
 
 
-def test_wrong_numbers_are_told():
+def test_wrong_numbers_are_reported():
     with pytest.raises(ValueError, match="sigma > 0"):
         SoftTransferTargets("2", sigma=0.0)
     with pytest.raises(ValueError, match="scales > 0"):

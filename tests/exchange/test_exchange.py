@@ -283,7 +283,7 @@ def test_a_shadow_keeps_whole_numbers_whole():
     assert int(shadow.peers[0].num_batches_tracked) == 7
 
 
-def test_unknown_spaces_and_too_few_peers_are_told():
+def test_unknown_spaces_and_too_few_peers_are_reported():
     for make in (lambda: Mutual("median"), lambda: Codistillation(space="median")):
         with pytest.raises(ValueError, match='"probability" or "logit"'):
             make()

@@ -26,7 +26,7 @@ def test_projection_reaches_the_teachers_shape(student, teacher):
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((2, 3), (2, 3, 4, 4)), ((2, 4, 6), (2, 5, 6))])
-def test_shapes_that_cannot_be_mapped_are_told(student, teacher):
+def test_shapes_that_cannot_be_mapped_are_reported(student, teacher):
     with pytest.raises(ValueError, match="Expected"):
         Projection(torch.Size(student), torch.Size(teacher))
 
@@ -54,7 +54,7 @@ def test_a_layer_that_does_not_exist_lists_near_names(tiny):
         Tap(tiny(), ["lineer"])
 
 
-def test_a_feature_that_is_changed_in_place_is_told():
+def test_a_feature_that_is_changed_in_place_is_reported():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
     with pytest.raises(RuntimeError, match="changed in place"):
         Tap(network, ["0"])(torch.randn(1, 1, 4, 4))
@@ -92,7 +92,7 @@ def test_a_layer_that_was_replaced_is_hooked_again(tiny):
         assert torch.equal(features["relu"], features["bn"].relu())
 
 
-def test_a_layer_that_did_not_run_is_told(tiny):
+def test_a_layer_that_did_not_run_is_reported(tiny):
     network = tiny()
     network.spare = nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match="'spare' did not run"):

@@ -133,7 +133,7 @@ def test_named_blocks_come_in_the_order_in_which_they_run():
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten()), None, "name them in `blocks`"),
     ],
 )
-def test_wrong_blocks_are_told(network, blocks, message):
+def test_wrong_blocks_are_reported(network, blocks, message):
     with pytest.raises(ValueError, match=message):
         Paths(network(), blocks, torch.randn(1, 3, 8, 8))
 

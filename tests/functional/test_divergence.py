@@ -127,7 +127,7 @@ def test_task_cross_entropy_equals_reference_and_leaves_out_unlabelled():
 
 
 @pytest.mark.parametrize("label", [3, -2])
-def test_labels_out_of_range_are_told(label):
+def test_labels_out_of_range_are_reported(label):
     with pytest.raises(ValueError, match="Expected labels from 0 to 2, or -1 for unlabelled"):
         task_cross_entropy(torch.zeros(2, 3), torch.tensor([0, label]))
 
@@ -169,6 +169,6 @@ def test_combine_survives_a_weight_of_zero_and_extreme_logits():
     torch.testing.assert_close(answer, teachers[0].log_softmax(1))
 
 
-def test_unknown_space_is_told():
+def test_unknown_space_is_reported():
     with pytest.raises(ValueError, match='"probability" or "logit"'):
         combine_teachers(torch.zeros(1, 1, 2), torch.ones(1), 1.0, "mean")

@@ -44,7 +44,7 @@ def test_attention_of_a_dead_layer_has_a_finite_gradient():
     assert torch.isfinite(dead.grad).all()
 
 
-def test_wrong_shapes_are_told():
+def test_wrong_shapes_are_reported():
     with pytest.raises(ValueError, match="one shape"):
         hint_distance(torch.zeros(1, 2), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="power 1 or 2"):

@@ -41,12 +41,12 @@ def test_a_class_without_labels_that_is_never_predicted_changes_nothing():
     assert balanced_labels(said, torch.tensor([1, 1, 0])).tolist() == [0, 0, 1, 1]
 
 
-def test_labels_of_another_kind_are_told():
+def test_labels_of_another_kind_are_reported():
     with pytest.raises(ValueError, match="whole numbers as labels, or soft labels"):
         task_cross_entropy(torch.zeros(2, 3), torch.zeros(2))
 
 
-def test_a_class_that_is_never_predicted_is_told():
+def test_a_class_that_is_never_predicted_is_reported():
     with pytest.raises(ValueError, match="no sample of class 1"):
         balanced_labels(torch.tensor([[0.9, 0.1]]), torch.tensor([1, 1]))
 

@@ -314,6 +314,6 @@ def test_half_precision_features_stay_finite(name, dtype):
         (lambda: GraphDistillation("a", "a", temperature=0), "temperature > 0"),
     ],
 )
-def test_bad_options_are_told(make, message):
+def test_bad_options_are_reported(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -80,7 +80,7 @@ def test_a_copy_reads_its_own_heads():
     assert all(p.grad is None for p in module.student.parameters())
 
 
-def test_wrong_heads_are_told():
+def test_wrong_heads_are_reported():
     with pytest.raises(ValueError, match="head for each of 2 teachers, got heads=3"):
         build(teachers=2)._build(IMAGES)
     with pytest.raises(ValueError, match=r"branches\.3"):

@@ -128,7 +128,7 @@ def test_temperature_must_be_positive(name, temperature):
         SoftTarget(**{name: temperature})
 
 
-def test_missing_layer_names_and_wrong_power_are_told():
+def test_missing_layer_names_and_wrong_power_are_reported():
     with pytest.raises(ValueError, match="one teacher_layer for each teacher"):
         Hint("a", ["b"]).teacher_layers(1)
     with pytest.raises(ValueError, match="power 1 or 2"):

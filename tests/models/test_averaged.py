@@ -46,7 +46,7 @@ def test_scaled_views_come_back_to_the_size_of_the_image(factor, size):
     assert view(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_wrong_parts_are_told():
+def test_wrong_parts_are_reported():
     with pytest.raises(ValueError, match="at least one network"):
         Averaged([])
     with pytest.raises(ValueError, match="at least one view"):

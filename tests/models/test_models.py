@@ -54,7 +54,7 @@ def test_networks_take_grey_and_colour_images_of_several_sizes(channels):
             assert network.eval()(torch.randn(2, channels, size, size)).shape == (2, 7)
 
 
-def test_bad_depths_are_told():
+def test_bad_depths_are_reported():
     with pytest.raises(ValueError, match=r"6 n \+ 2"):
         CifarResNet(9)
     with pytest.raises(ValueError, match=r"6 n \+ 4"):

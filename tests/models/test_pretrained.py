@@ -65,7 +65,7 @@ def test_missing_file_lists_its_neighbours(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("keep", [0, 7, 200, 0.9])
-def test_truncated_file_is_told(suffix, keep, network, tmp_path):
+def test_truncated_file_is_reported(suffix, keep, network, tmp_path):
     path = tmp_path / f"w.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(network.state_dict(), path)
     content = path.read_bytes()

@@ -107,7 +107,7 @@ def test_any_number_of_models():
         ({"layers": ["layer2", "layer1"]}, "in the order in which they run"),
     ],
 )
-def test_wrong_trees_are_told(options, message):
+def test_wrong_trees_are_reported(options, message):
     with pytest.raises(ValueError, match=message):
         tree(**options)
     with pytest.raises(ValueError, match="num_models from 1 to 4"):

@@ -116,7 +116,7 @@ def test_a_broken_state_is_never_saved(make_module, make_trainer, digits, tmp_pa
         ([0.5, 0.5], "got list"),
     ],
 )
-def test_weights_that_are_none_are_told(weights, message, make_module):
+def test_weights_that_are_none_are_reported(weights, message, make_module):
     class Strange(Weighting):
         def forward(self, student, teachers, target):
             return weights
@@ -127,7 +127,7 @@ def test_weights_that_are_none_are_told(weights, message, make_module):
         module.compute_losses(torch.rand(4, 1, 8, 8), torch.arange(4))
 
 
-def test_losses_that_are_no_list_are_told(make_module):
+def test_losses_that_are_no_list_are_reported(make_module):
     with pytest.raises(
         TypeError,
         match="Expected a list of losses, or a mapping of names to losses, got SoftTarget",

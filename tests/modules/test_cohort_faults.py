@@ -153,7 +153,7 @@ def test_a_frozen_peer_has_no_process_of_its_own(tiny):
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"update": "sequential"}])
-def test_nothing_to_learn_from_is_told(tiny, make_trainer, options):
+def test_nothing_to_learn_from_is_reported(tiny, make_trainer, options):
     module = PeerCohort([tiny(4), tiny(4)], losses=[], task_weight=0.0, **options)
     with pytest.raises(ValueError, match="at least one loss"):
         make_trainer().fit(module, loader(16, labelled=False))

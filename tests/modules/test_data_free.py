@@ -363,23 +363,23 @@ def test_teacher_without_batch_norm_drops_that_term_and_says_so(tiny, make_train
         ({"crop_padding": -1}, "crop_padding >= 0"),
     ],
 )
-def test_wrong_options_are_told(build, options, message):
+def test_wrong_options_are_reported(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
 
-def test_memory_smaller_than_a_round_is_told(build, make_trainer):
+def test_memory_smaller_than_a_round_is_reported(build, make_trainer):
     with pytest.raises(ValueError, match="capacity"):
         make_trainer(callbacks=[memory(capacity=8)]).fit(build(), datamodule=rounds())
 
 
 @pytest.mark.parametrize(("source", "options"), [("pixels", {}), ("none", {}), ("fomaml", VIEWS)])
-def test_a_missing_memory_is_told(build, make_trainer, source, options):
+def test_a_missing_memory_is_reported(build, make_trainer, source, options):
     with pytest.raises(ValueError, match="ReplayBuffer"):
         make_trainer().fit(build(source, warm_up=9, **options), datamodule=rounds())
 
 
-def test_parts_of_other_types_are_told(build, tiny):
+def test_parts_of_other_types_are_reported(build, tiny):
     with pytest.raises(TypeError, match="Expected image_losses as a list, or as a mapping"):
         build(image_losses=OneHot())
     with pytest.raises(TypeError, match="Expected targets of type"):
@@ -414,7 +414,7 @@ class Mine(ImageLoss):
         (lambda seen: seen.describe(seen.images).mean(), None, ""),
     ],
 )
-def test_mistakes_in_a_term_of_ones_own_are_told(build, make_trainer, answer, error, message):
+def test_mistakes_in_a_term_of_ones_own_are_reported(build, make_trainer, answer, error, message):
     trainer = make_trainer(max_epochs=1, callbacks=[memory()])
     module = build(image_losses=[Mine(answer)])
     if error is None:
@@ -424,14 +424,14 @@ def test_mistakes_in_a_term_of_ones_own_are_told(build, make_trainer, answer, er
         trainer.fit(module, datamodule=rounds())
 
 
-def test_a_run_within_the_warm_up_and_data_that_nobody_uses_are_told(build, make_trainer, digits):
+def test_a_run_within_the_warm_up_and_unused_data_are_reported(build, make_trainer, digits):
     with pytest.warns(UserWarning, match="4 rounds, all of them within the warm-up of 9"):
         make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(warm_up=9), datamodule=rounds())
     with pytest.warns(UserWarning, match="uses no training data"):
         make_trainer(max_epochs=1, callbacks=[memory()]).fit(build(), datamodule=digits())
 
 
-def test_images_of_another_shape_are_told(build, make_trainer):
+def test_images_of_another_shape_are_reported(build, make_trainer):
     module = build()
     module.synthesizer.generator = Generator(ImageGenerator((3, 8, 8), latent=8, width=4))
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\).*got \(3, 8, 8\) from Generator"):

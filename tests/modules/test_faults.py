@@ -239,7 +239,7 @@ def test_a_copy_of_a_prepared_module_taps_its_own_student(make_module):
 # ---------------------------------------------------------------------- names in the log
 
 
-def test_reserved_names_are_told_and_equal_ones_numbered_by_themselves():
+def test_reserved_names_are_reported_and_equal_ones_numbered_by_themselves():
     class HintExtra(Hint):
         pass
 

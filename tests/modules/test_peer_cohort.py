@@ -309,7 +309,7 @@ def test_the_game_moves_only_those_whose_turn_it_is(build):
     )
 
 
-def test_bad_cohorts_are_told(tiny):
+def test_bad_cohorts_are_reported(tiny):
     one = tiny(4)
     with pytest.raises(ValueError, match="at least two peers"):
         PeerCohort([one])

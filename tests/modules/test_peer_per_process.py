@@ -71,7 +71,7 @@ def main(devices, path, name):
     second.save_checkpoint(path + ".ckpt")
     seen = {k: float(v) for k, v in second.callback_metrics.items()}
     second.test(module, datamodule=data, verbose=False)
-    assert module.peers.mine is None
+    assert module.peers.own_index is None
     if second.is_global_zero:
         seen |= {k: float(v) for k, v in second.callback_metrics.items()}
         torch.save({"metrics": seen, "live": module.state_dict()}, path)

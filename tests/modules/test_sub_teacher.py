@@ -148,12 +148,12 @@ def test_the_mean_over_paths_is_the_whole_block():
 def test_noise_equals_the_reference_and_has_the_moments_that_were_asked_for():
     source = NoisyTeacher(1, probability=0.3, sigma=0.2, seed=5)
     logits = torch.randn(6, 4).double()
-    found = source.disturb(logits, torch.Generator().manual_seed(1))
+    found = source.perturb(logits, torch.Generator().manual_seed(1))
     random = torch.Generator().manual_seed(1)
     coins = torch.rand(6, generator=random) < 0.3
     noise = 0.2 * torch.randn(6, 4, generator=random)
     torch.testing.assert_close(found, reference.noisy_logits(logits, coins, noise.double()))
-    many = source.disturb(torch.ones(20_000, 3).double(), torch.Generator().manual_seed(2))
+    many = source.perturb(torch.ones(20_000, 3).double(), torch.Generator().manual_seed(2))
     touched = (many != 1).any(1)
     assert float(touched.double().mean()) == pytest.approx(0.3, abs=0.02)
     assert (many[touched] != 1).all()  # one coin for a sample, not for a logit
@@ -168,7 +168,7 @@ def test_noise_is_in_training_only_and_leaves_unknown_classes_alone():
     _, quiet = asked(source, IMAGES, training=False)
     assert torch.equal(quiet[0].logits, frozen(IMAGES).logits)
     partial = torch.tensor([[1.0, -torch.inf, 2.0]])
-    assert source.disturb(partial, torch.Generator())[0, 1] == -torch.inf
+    assert source.perturb(partial, torch.Generator())[0, 1] == -torch.inf
 
 
 def test_views_are_mapped_back():
@@ -367,12 +367,12 @@ def test_a_resumed_training_of_such_a_teacher_goes_on_bit_for_bit(make_trainer, 
         (lambda: MultiView([]), "at least one view"),
     ],
 )
-def test_wrong_numbers_are_told(make, message):
+def test_wrong_numbers_are_reported(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_wrong_parts_are_told(build, digits, make_trainer):
+def test_wrong_parts_are_reported(build, digits, make_trainer):
     with pytest.raises(TypeError, match="source of type SubTeachers, got CifarResNet"):
         build(resnet8())
     with pytest.raises(TypeError, match="views of type View"):
@@ -447,7 +447,7 @@ def test_paths_through_a_teacher_of_some_classes():
     assert all(torch.isinf(k.logits[:, [1, 3]]).all() for k in said)
 
 
-def test_blocks_that_cannot_be_left_out_are_told():
+def test_blocks_that_cannot_be_left_out_are_reported():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
@@ -481,11 +481,11 @@ def test_processes_draw_the_noise_of_one(monkeypatch):
 
     source = NoisyTeacher(probability=0.5, sigma=0.3)
     logits = torch.randn(6, 10)
-    whole = source.disturb(logits, torch.Generator().manual_seed(1))
+    whole = source.perturb(logits, torch.Generator().manual_seed(1))
     monkeypatch.setattr(noisy_teacher, "world_size", lambda: 2)
     for rank, part in enumerate(logits.split(3)):
         monkeypatch.setattr(noisy_teacher, "rank", lambda rank=rank: rank)
-        found = source.disturb(part, torch.Generator().manual_seed(1))
+        found = source.perturb(part, torch.Generator().manual_seed(1))
         assert torch.equal(found, whole[3 * rank : 3 * rank + 3])
 
 

@@ -215,7 +215,7 @@ class Scaled(torch.nn.Module):
         return self.network(x * self.scale)
 
 
-def test_answers_that_were_lost_are_told(fit, cache):
+def test_answers_that_were_lost_are_reported(fit, cache):
     """As after a power failure: the file has its size, but not all of its values."""
     fit(cache=cache(), max_epochs=1)
     path = cache().folder / "logits.f16"
@@ -309,7 +309,7 @@ def test_a_subclass_that_reads_batches_sees_pairs(fit, cache):
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
-def test_damage_is_told(fit, cache):
+def test_damage_is_reported(fit, cache):
     fit(cache=cache(), max_epochs=1)
     folder = cache().folder
     content = (folder / "logits.f16").read_bytes()

@@ -32,7 +32,7 @@ def test_a_teacher_of_weight_zero_is_not_run(make_module):
 
 
 @pytest.mark.parametrize("weights", [[], [-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0]])
-def test_bad_weights_are_told(weights):
+def test_bad_weights_are_reported(weights):
     with pytest.raises(ValueError, match="Expected weights >= 0"):
         Fixed(weights)
 
@@ -42,6 +42,6 @@ def test_wrong_number_of_weights_is_told_before_training(make_module):
         make_module(weighting=Fixed([1, 1, 1]))._build(torch.zeros(1, 1, 8, 8))
 
 
-def test_unknown_space_is_told():
+def test_unknown_space_is_reported():
     with pytest.raises(ValueError, match='"probability" or "logit"'):
         Uniform(space="median")
