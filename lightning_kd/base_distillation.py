@@ -1,4 +1,4 @@
-"""What every core gives: losses of a batch, what is trained, what is kept, what is measured."""
+"""What every core provides: losses of a batch, what is trained, what is kept, what is measured."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ class BaseDistillation(nn.Module, ABC):
         """Let a weighting look at batches of training images (B, C, H, W) once."""
 
     def random_parts(self) -> list[SubTeachers]:
-        """Parts that draw random numbers by a seed of their own; None: that of the run."""
+        """Parts with a random seed of their own; a seed of None means that of the run."""
         parts = (getattr(self, "depth", None), getattr(self.teachers, "source", None))
         return [part for part in parts if part is not None]
 
     def scalars(self) -> dict[str, Tensor]:
-        """More scalars of the last batch to log, by name."""
+        """Additional scalars to log for the last batch, by name."""
         return {}
 
     def compiled_networks(self) -> list[nn.Module]:

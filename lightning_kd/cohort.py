@@ -42,8 +42,8 @@ class Cohort(BaseDistillation):
         weighting: How far each teacher is trusted; ``None``: all alike.
         batched: Run peers of one architecture as one network.
         view: A random transform of a batch of images, drawn anew for each peer.
-        task: What the networks are asked; ``None``: ``Classification``.
-        task_weight: Multiplier of the loss with the labels.
+        task: What the networks are trained for; ``None``: ``Classification``.
+        task_weight: Multiplier of the task loss.
 
     Raises:
         ValueError: If there are fewer than two peers, or two networks share weights.
@@ -140,7 +140,7 @@ class Cohort(BaseDistillation):
         return outputs
 
     def before_peers(self, views: Sequence[Tensor]) -> list[dict[int, NetworkOutput]]:
-        """Run trained teachers on the images (B, C, H, W) of each peer, none twice on the same.
+        """Run trained teachers on each peer's images (B, C, H, W), none twice on the same ones.
 
         Returns:
             For each peer, outputs of its trained teachers by their index.
@@ -260,7 +260,7 @@ class Cohort(BaseDistillation):
         return None if configs is None else self.peers.config(self.names.index(name), configs)
 
     def scores(self, logged: Mapping[str, Any]) -> list[float]:
-        """The watched metric of each peer at the last validation; empty where it was not."""
+        """The watched metric of each peer at the last validation; empty if there was none."""
         keys = [f"val/{name}/{self.task.watched}" for name in self.names]
         return [float(logged[key]) for key in keys] if all(k in logged for k in keys) else []
 

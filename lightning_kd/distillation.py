@@ -33,12 +33,12 @@ class Distillation(BaseDistillation):
 
     Args:
         student: The network to train.
-        teachers: Trained networks, which are never touched; one of them needs no list.
+        teachers: Trained networks, which are never modified; a single one needs no list.
         losses: What is transferred, each with its weight; as a mapping, under the names that are
             given. ``None``: ``SoftTarget`` at temperature 4, weight 0.9, if there is a teacher.
         weighting: How far each teacher is trusted; ``None``: all alike.
-        task: What the networks are asked; ``None``: ``Classification``.
-        task_weight: Multiplier of the loss with the labels; labels of -1 are left out.
+        task: What the networks are trained for; ``None``: ``Classification``.
+        task_weight: Multiplier of the task loss; labels of -1 are left out.
         depth: Leave out blocks of the student at random in training.
 
     Raises:
@@ -142,7 +142,7 @@ class Distillation(BaseDistillation):
         return outputs
 
     def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
-        """Show the outputs of the teachers of these indices to losses, before the student runs."""
+        """Pass outputs of the teachers of these indices to losses before the student runs."""
         for loss in self._losses():
             loss.before_student(teachers, indices)
 

@@ -19,7 +19,7 @@ def student_metrics(task: Task, example: NetworkOutput, num_teachers: int) -> di
     """Metrics of a student; with teachers, the watched one of theirs and the agreement.
 
     Args:
-        task: What is asked.
+        task: Of the networks.
         example: An output of the student.
         num_teachers: How many teachers there are.
     """
@@ -42,7 +42,7 @@ def update_student_metrics(
     """Add one batch to ``student_metrics``.
 
     Args:
-        task: What is asked.
+        task: Of the networks.
         metrics: Of ``student_metrics``.
         student: The student's output.
         teachers: Output of each teacher.
@@ -63,7 +63,7 @@ def cohort_metrics(task: Task, example: NetworkOutput, names: Sequence[str]) -> 
     """Metrics of a cohort's ensemble, the watched one of each peer, the agreement of each pair.
 
     Args:
-        task: What is asked.
+        task: Of the networks.
         example: An output of a peer.
         names: Of the peers.
     """
@@ -83,7 +83,7 @@ def update_cohort_metrics(
     """Add one batch to ``cohort_metrics``.
 
     Args:
-        task: What is asked.
+        task: Of the networks.
         metrics: Of ``cohort_metrics``.
         peers: Output of each peer by its name.
         answer: The cohort's output as an ensemble.

@@ -153,7 +153,7 @@ class Peers(nn.Module):
         return network
 
     def state_of(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of one peer, under the names of its own architecture, out of a state of this."""
+        """Weights of one peer, under its own names, from a state of this object."""
         if self.branching:
             return self.branch.branch_state(index, cut_prefix(state, "networks.0."))
         return cut_prefix(state, f"networks.{index}.")

@@ -139,7 +139,7 @@ class ImageSynthesizer(nn.Module):
             optimizers: Those of ``make_optimizers``.
             num_classes: K.
             class_share: Share of each class in the memory, (K,); ``None`` without one.
-            student_waits: Whether the student is not training yet: losses that wait for it rest.
+            student_waits: Whether the student is not training yet: losses that need it are skipped.
             random: Random numbers of this round.
 
         Returns:

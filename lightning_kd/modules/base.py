@@ -34,7 +34,7 @@ class Distiller(LightningModule):
     - ``trainable_modules()``: what the optimizer trains.
 
     Args:
-        task: What the networks are asked; ``None``: ``Classification``.
+        task: What the networks are trained for; ``None``: ``Classification``.
         optimizer: ``None``: SGD with lr 0.05, momentum 0.9, weight decay 5e-4.
         scheduler: Learning rate schedule; ``None``: constant.
         scheduler_interval: ``"epoch"`` or ``"step"``: when the schedule moves.
@@ -146,7 +146,7 @@ class Distiller(LightningModule):
         return self.task.predict(self.distillation.output(self.unpack(batch)[0]))
 
     def _track(self, losses: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
-        """Count the losses of a step into ``train/<name>``, and look whether they are finite."""
+        """Count the losses of a step into ``train/<name>``, and check that they are finite."""
         parts = {name: value.detach() for name, value in losses.items()}
         self.loss_tracker.add(parts, self.distillation.scalars(), samples)
         every = getattr(self.trainer, "log_every_n_steps", 0) or 1
@@ -195,7 +195,7 @@ class Distiller(LightningModule):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Freeze the teachers, which the end of an earlier run may have given back."""
+        """Freeze the teachers, which an earlier run may have released."""
         self.teachers.freeze()
 
     def configure_model(self) -> None:
@@ -293,7 +293,7 @@ class Distiller(LightningModule):
     def _set_hparams(self, hp: Any) -> None:
         """Keep the plain configuration under the command line, plain values in Python.
 
-        Live objects would be pickled into the checkpoint, which then loads no more with
+        Live objects would be pickled into the checkpoint, which then no longer loads with
         ``weights_only``.
         """
         kept = hp if "_instantiator" in hp else {k: v for k, v in hp.items() if is_plain(v)}

@@ -119,6 +119,7 @@ class DataFree(Distiller):
         self.distance, self.temperature = distance, temperature
         self.student_steps, self.batch_size = student_steps, batch_size
         self.warm_up, self.reset_rounds, self.reuse = warm_up, set(reset_rounds or ()), reuse
+        manual_steps.refuse_own_losses(self)
         self.views, self.seed = views, seed
         self.automatic_optimization = False
         self.memory: ReplayMemory | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_kd.base_distillation import total_loss
 from lightning_kd.distributed import step_alone
+from lightning_kd.modules.base import Distiller
 
 
 def step(
@@ -73,6 +74,15 @@ def full_precision_if_scaled(module: LightningModule) -> Iterator[None]:
         return
     with torch.autocast(module.device.type, enabled=False):
         yield
+
+
+def refuse_own_losses(module: Distiller) -> None:
+    """Raise ``TypeError`` if a subclass overrides ``compute_losses``, which is not called here."""
+    if type(module).compute_losses is not Distiller.compute_losses:
+        raise TypeError(
+            f"Expected {type(module).__name__} without compute_losses, which this way of taking "
+            f"steps does not call: override training_step, or add a loss or image loss."
+        )
 
 
 def _scaler(module: LightningModule) -> Any:

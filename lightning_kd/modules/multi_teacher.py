@@ -3,9 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_kd.base_distillation import total_loss
 from lightning_kd.distillation import Distillation
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.modules.base import Distiller
@@ -27,7 +26,7 @@ class MultiTeacher(Distiller):
         losses: What is transferred, each with its weight: a list, or a mapping of names of your
             own. ``None``: ``SoftTarget`` at temperature 4, weight 0.9.
         weighting: How far each teacher is trusted; ``None``: ``Uniform``.
-        task_weight: Multiplier of the loss with the labels; labels of -1 are left out.
+        task_weight: Multiplier of the task loss; labels of -1 are left out.
         options: Of ``Distiller``: ``task``, ``optimizer``, ``scheduler``, ``scheduler_interval``,
             ``metrics``, ``num_classes``.
 
@@ -59,16 +58,22 @@ class MultiTeacher(Distiller):
                 "Supervised to learn from labels alone."
             )
         self._cached = False
+        self._teacher_logits: Tensor | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One step, with the teachers' cached outputs where there are any."""
         if not self._cached:
             return super().training_step(batch, batch_idx)
         *batch, bits = batch
-        x, target = self.unpack(batch)
-        logits = bits.view(torch.half).float()
-        losses, _ = self.distillation.losses_and_output(x, target, logits)
-        return {"loss": total_loss(losses), **self._track(losses, len(x))}
+        self._teacher_logits = bits.view(torch.half).float()
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            self._teacher_logits = None
+
+    def compute_losses(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Weighted losses of a batch by name; see ``Distiller.compute_losses``."""
+        return self.distillation.losses_and_output(x, target, self._teacher_logits)[0]
 
     def _use_cache(self, cache: TeacherCache | None) -> None:
         self._cached = cache is not None

@@ -9,7 +9,7 @@ from lightning_kd.cohort import Cohort
 from lightning_kd.exchange import Exchange
 from lightning_kd.losses import DistillationLoss
 from lightning_kd.modules.base import Distiller
-from lightning_kd.modules.manual_steps import step, step_schedules
+from lightning_kd.modules.manual_steps import refuse_own_losses, step, step_schedules
 from lightning_kd.modules.updates import alternating_update, game_optimizers, sequential_update
 from lightning_kd.peers import Peers
 from lightning_kd.weighting import Weighting
@@ -47,7 +47,7 @@ class PeerCohort(Distiller):
             small ones (benchmarks/cohort_speed.py), not for the sequential update.
         view: A random transform of a batch of images, drawn anew for each peer; ``None``: all
             peers see the same images. Branches share one view.
-        task_weight: Multiplier of the loss with the labels; labels of -1 are left out.
+        task_weight: Multiplier of the task loss; labels of -1 are left out.
         clip_norm: Clip each peer's gradient to this norm, by itself; ``None``: not. (The Trainer's
             option would couple the peers, and does not exist for the sequential update.)
         options: Of ``Distiller``: ``task``, ``optimizer``, ``scheduler``, ``scheduler_interval``,
@@ -84,6 +84,8 @@ class PeerCohort(Distiller):
             task_weight,
         )  # fmt: skip
         self._refuse(update, batched)
+        if update != "simultaneous":
+            refuse_own_losses(self)
         self.clip_norm = clip_norm
         self.distillation.update = update
         self.automatic_optimization = update == "simultaneous" and clip_norm is None

@@ -25,7 +25,7 @@ class SubTeacher(Distiller):
         losses: What is transferred, each with its weight: a list, or a mapping of names of your
             own. ``None``: ``SoftTarget`` at temperature 4, weight 0.9.
         weighting: How far each sub-teacher is trusted; ``None``: ``Uniform``.
-        task_weight: Multiplier of the loss with the labels; labels of -1 are left out.
+        task_weight: Multiplier of the task loss; labels of -1 are left out.
         options: Of ``Distiller``: ``task``, ``optimizer``, ``scheduler``, ``scheduler_interval``,
             ``metrics``, ``num_classes``.
 

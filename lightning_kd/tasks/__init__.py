@@ -1,4 +1,4 @@
-"""What a network is asked, and how its answer is judged."""
+"""What networks are trained for, and how their outputs are measured."""
 
 from lightning_kd.tasks.base import Task
 from lightning_kd.tasks.classification import Classification

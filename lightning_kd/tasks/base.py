@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Task(ABC):
-    """What a network is asked: the loss with the labels, what is measured, what is predicted.
+    """What networks are trained for: the loss, what is measured, what is predicted.
 
-    Subclass it for a question of your own and give it to a paradigm as ``task``.
+    Subclass it for a task of your own and give it to a paradigm as ``task``.
     """
 
     #: name of the metric that is watched: checkpoints and reports follow ``val/<watched>``
@@ -26,7 +26,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, output: NetworkOutput, target: Tensor) -> Tensor:
-        """Loss with the labels of each sample, shape (B,), 0 where it has none."""
+        """Loss of each sample against its label, shape (B,), 0 where it has none."""
 
     def mean_loss(self, output: NetworkOutput, target: Tensor) -> Tensor:
         """Loss averaged over the labelled samples (in training: of all processes), a scalar."""

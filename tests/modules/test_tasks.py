@@ -11,7 +11,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lightning_kd import MultiTeacher, NetworkOutput, PeerCohort, Supervised
 from lightning_kd.callbacks import DistillationReport
 from lightning_kd.cli import main
+from lightning_kd.data import Digits
 from lightning_kd.tasks import Classification, Task
+from lightning_kd.teachers import TeacherCache
 from tests.conftest import TinyNet
 from tests.test_configs import ROOT
 
@@ -166,3 +168,36 @@ def test_names_that_are_taken_are_refused(make_trainer, digits):
     module = Supervised(TinyNet(), metrics={"accuracy": MulticlassF1Score(10)})
     with pytest.raises(ValueError, match=r"names are free, got \['accuracy'\]"):
         make_trainer().fit(module, datamodule=digits())
+
+
+# ---------------------------------------------------------------------- losses of one's own
+
+
+class Penalised(MultiTeacher):
+    """Adds a penalty to what the core computes."""
+
+    def compute_losses(self, x, target):
+        weights = self.student.linear.weight
+        return {**super().compute_losses(x, target), "penalty": 0.01 * weights.square().sum()}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_own_losses_are_used_with_live_and_cached_teachers(cached, make_trainer, tmp_path):
+    cache = TeacherCache(str(tmp_path / "cache")) if cached else None
+    data = Digits(batch_size=64, subset=128, val_split=32, teacher_cache=cache)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Penalised(TinyNet(), [TinyNet(8)]), datamodule=data)
+    logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    parts = logged["train/task"] + logged["train/soft_target"] + logged["train/penalty"]
+    assert logged["train/penalty"] > 0
+    assert logged["train/loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_own_losses_are_refused_where_steps_do_not_ask_for_them():
+    class Mine(PeerCohort):
+        def compute_losses(self, x, target):
+            return {}
+
+    Mine([TinyNet(), TinyNet()])
+    with pytest.raises(TypeError, match="Expected Mine without compute_losses"):
+        Mine([TinyNet(), TinyNet()], update="sequential")
