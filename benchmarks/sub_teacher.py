@@ -140,7 +140,7 @@ def run_teacher(name: str, seed: int) -> dict[str, Any]:
     depth = StochasticDepth(survival=0.8) if name == "stochastic" else None
     cyclic = name == "cyclic"
     options = recipe(TEACHER_EPOCHS, CYCLES if cyclic else 1)
-    module = Supervised(network, depth=depth, **options)
+    module = Supervised(network, stochastic_depth=depth, **options)
     callbacks = [KeepCycles(name, seed)] if cyclic else []
     seconds = fit(module, data(seed, augment=True), TEACHER_EPOCHS, *callbacks)
     save(network, name, seed)

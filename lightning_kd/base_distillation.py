@@ -130,14 +130,14 @@ class BaseDistillation(nn.Module, ABC):
 
     def random_parts(self) -> list[SubTeachers]:
         """Parts with a random seed of their own; a seed of None means that of the run."""
-        parts = (getattr(self, "depth", None), getattr(self.teachers, "source", None))
+        parts = (getattr(self, "stochastic_depth", None), getattr(self.teachers, "source", None))
         return [part for part in parts if part is not None]
 
     def scalars(self) -> dict[str, Tensor]:
         """Additional scalars to log for the last batch, by name."""
         return {}
 
-    def compiled_networks(self) -> list[nn.Module]:
+    def compilable_networks(self) -> list[nn.Module]:
         """Trained networks that ``torch.compile`` may compile, each by itself.
 
         Raises:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
 from lightning_kd.distillation import Distillation, Losses
-from lightning_kd.evaluation import cohort_metrics, update_cohort_metrics
 from lightning_kd.exchange import Exchange, Mutual
 from lightning_kd.features import dry_run
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
+from lightning_kd.metrics import cohort_metrics, update_cohort_metrics
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.peers import Peers
 from lightning_kd.tasks import Classification, Task
@@ -97,7 +97,7 @@ class Cohort(BaseDistillation):
         self.teachers = TeacherEnsemble(teachers or [])
         self.teachers.refuse_weights_of(self.peers.networks)
         #: for each peer what it learns from trained teachers
-        self.from_teachers = nn.ModuleList(
+        self.teacher_distillations = nn.ModuleList(
             Distillation(
                 None, self.teachers, copy.deepcopy(given), copy.deepcopy(weighting), self.task
             )
@@ -148,12 +148,12 @@ class Cohort(BaseDistillation):
         self.exchange.before_peers(views)
         asked: dict[tuple[int, int], NetworkOutput] = {}
         answers: list[dict[int, NetworkOutput]] = [{} for _ in views]
-        for k, learner in enumerate(self.distillations()):
-            for m in learner.weighting.active(len(self.teachers)):
+        for k, distillation in enumerate(self.distillations()):
+            for m in distillation.weighting.active(len(self.teachers)):
                 if (m, id(views[k])) not in asked:
-                    (asked[m, id(views[k])],) = learner.teacher_outputs(views[k], [m])
+                    (asked[m, id(views[k])],) = distillation.teacher_outputs(views[k], [m])
                 answers[k][m] = asked[m, id(views[k])]
-            learner.before_student(list(answers[k].values()), tuple(answers[k]))
+            distillation.before_student(list(answers[k].values()), tuple(answers[k]))
         return answers
 
     def peer_losses(
@@ -197,9 +197,9 @@ class Cohort(BaseDistillation):
         """Size adapters and gates by a dry run; see ``BaseDistillation.build``."""
         if self.built:
             return
-        learners = self.distillations()
+        distillations = self.distillations()
         layers = [*self.exchange.layers()]
-        layers += [layer for learner in learners[:1] for layer in learner.student_layers()]
+        layers += [name for each in distillations[:1] for name in each.student_layers()]
         for loss in self.losses_of(0).values():
             layers += loss.student_layers()
             layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
@@ -212,11 +212,11 @@ class Cohort(BaseDistillation):
         for k, peer in enumerate(peers):
             for loss in self.losses_of(k).values():
                 loss.build(peer, peers)
-        if learners:
-            teachers = self.teachers.build(learners[0].teacher_layers, x)
+        if distillations:
+            teachers = self.teachers.build(distillations[0].teacher_layers, x)
             self.task.check({"a peer": peers[0]}, teachers)
-            for learner, peer in zip(learners, peers, strict=True):
-                learner.build_parts(peer, teachers)
+            for distillation, peer in zip(distillations, peers, strict=True):
+                distillation.build_parts(peer, teachers)
         self.losses.to(x.device)
         self.exchange.to(x.device)
         self.input_shape, self._example = tuple(x.shape[1:]), peers[0]
@@ -226,8 +226,8 @@ class Cohort(BaseDistillation):
         """Find layers again, where some were replaced."""
         self.peers.hook()
         if not self.peers.branching:
-            for learner, peer in zip(self.distillations(), self.peers.networks, strict=False):
-                learner.attach(peer)
+            for distillation, peer in zip(self.distillations(), self.peers.networks, strict=False):
+                distillation.attach(peer)
 
     def losses_of(self, k: int) -> dict[str, DistillationLoss]:
         """Losses of one peer by name."""
@@ -237,13 +237,13 @@ class Cohort(BaseDistillation):
 
     def distillations(self) -> list[Distillation]:
         """What each peer learns from trained teachers; empty without them."""
-        return [part for part in self.from_teachers if isinstance(part, Distillation)]
+        return [part for part in self.teacher_distillations if isinstance(part, Distillation)]
 
     # ------------------------------------------------------------------ what is kept and measured
 
     def trainable_modules(self) -> list[nn.Module]:
         """Peers, adapters, gates, and what the exchange learns outside of a game."""
-        parts: list[nn.Module] = [self.peers, self.losses, self.from_teachers]
+        parts: list[nn.Module] = [self.peers, self.losses, self.teacher_distillations]
         return parts if self.exchange.plays_a_game else [*parts, self.exchange]
 
     def exported_networks(self) -> dict[str, nn.Module]:
@@ -271,8 +271,8 @@ class Cohort(BaseDistillation):
         sign = 1 if self.task.higher_is_better else -1
         return self.names[max(range(len(scores)), key=lambda k: sign * scores[k])]
 
-    def compiled_networks(self) -> list[nn.Module]:
-        """The peers, or trunk and branches; see ``BaseDistillation.compiled_networks``."""
+    def compilable_networks(self) -> list[nn.Module]:
+        """The peers, or trunk and branches; see ``BaseDistillation.compilable_networks``."""
         return self.peers.whole_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
-from lightning_kd.evaluation import student_metrics, update_student_metrics
 from lightning_kd.features import Tap, dry_run
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
 from lightning_kd.losses.base import refuse_unknown_classes
+from lightning_kd.metrics import student_metrics, update_student_metrics
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import StochasticDepth, TeacherEnsemble
@@ -39,7 +39,7 @@ class Distillation(BaseDistillation):
         weighting: How far each teacher is trusted; ``None``: all alike.
         task: What the networks are trained for; ``None``: ``Classification``.
         task_weight: Multiplier of the task loss; labels of -1 are left out.
-        depth: Leave out blocks of the student at random in training.
+        stochastic_depth: Leave out blocks of the student at random in training.
 
     Raises:
         TypeError: If a part is not what its place needs.
@@ -64,7 +64,7 @@ class Distillation(BaseDistillation):
         weighting: Weighting | None = None,
         task: Task | None = None,
         task_weight: float = 0.1,
-        depth: StochasticDepth | None = None,
+        stochastic_depth: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
         ensemble = teachers if isinstance(teachers, TeacherEnsemble) else TeacherEnsemble(teachers)
@@ -79,7 +79,7 @@ class Distillation(BaseDistillation):
         self.losses = nn.ModuleDict(losses_by_name(losses))
         self.weighting = weighting or Uniform()
         self.wants_images = self.weighting.wants_images
-        self.teachers, self.depth = ensemble, depth
+        self.teachers, self.stochastic_depth = ensemble, stochastic_depth
         if student is not None:
             ensemble.refuse_weights_of([student])
         self._tap: Tap | None = None
@@ -125,9 +125,9 @@ class Distillation(BaseDistillation):
         """The student's output for images (B, C, H, W), with the features that are read."""
         if self._tap is None:
             raise RuntimeError("Expected a Trainer, or build(images), before the student is run.")
-        if self.depth is None or not self.training:
+        if self.stochastic_depth is None or not self.training:
             return self._tap(x)
-        with self.depth.one_path():
+        with self.stochastic_depth.one_path():
             return self._tap(x)
 
     @torch.no_grad()  # here, not inside Teacher: data-free methods need the gradient
@@ -194,8 +194,8 @@ class Distillation(BaseDistillation):
         if self.built:
             return
         assert self.student is not None
-        if self.depth is not None:
-            self.depth.prepare(self.student, x[:1])
+        if self.stochastic_depth is not None:
+            self.stochastic_depth.prepare(self.student, x[:1])
         tap = Tap(self.student, self.student_layers())
         student = dry_run("the student", self.student, tap, x)
         teachers = self.teachers.build(self.teacher_layers, x)
@@ -255,13 +255,13 @@ class Distillation(BaseDistillation):
         """The student's configuration."""
         return options.get("student")
 
-    def compiled_networks(self) -> list[nn.Module]:
-        """The student; see ``BaseDistillation.compiled_networks``."""
-        if self.depth is not None:
-            raise ValueError("a student with a depth, whose path changes at each step")
+    def compilable_networks(self) -> list[nn.Module]:
+        """The student; see ``BaseDistillation.compilable_networks``."""
+        if self.stochastic_depth is not None:
+            raise ValueError("a student with stochastic depth, whose path changes at each step")
         if self.teachers.why_not_compiled:
             raise ValueError(self.teachers.why_not_compiled)
-        return super().compiled_networks()
+        return super().compilable_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:
         """The student's logits."""

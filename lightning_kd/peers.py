@@ -64,10 +64,10 @@ class Peers(nn.Module):
         self._trunk: Tap | None = None
 
     def __len__(self) -> int:
-        return len(self.branch.branches) if self.branching else len(self.networks)
+        return len(self.branching_network.branches) if self.branching else len(self.networks)
 
     @property
-    def branch(self) -> Branching:
+    def branching_network(self) -> Branching:
         """The one network of branches."""
         network = self.networks[0]
         assert isinstance(network, Branching)
@@ -82,11 +82,11 @@ class Peers(nn.Module):
         for tap in self._taps:
             tap.remove()
         if self.branching:
-            shared = {name for name, _ in self.branch.trunk.named_modules()}
+            shared = {name for name, _ in self.branching_network.trunk.named_modules()}
             before = [layer for layer in layers if layer in shared]
             behind = [layer for layer in layers if layer not in shared]
-            self._trunk = Tap(self.branch.trunk, before)
-            self._taps = [Tap(branch, behind) for branch in self.branch.branches]
+            self._trunk = Tap(self.branching_network.trunk, before)
+            self._taps = [Tap(branch, behind) for branch in self.branching_network.branches]
         else:
             self._taps = [Tap(network, layers) for network in self.networks]
             if self.batched:
@@ -118,7 +118,7 @@ class Peers(nn.Module):
             return [tap(x) for tap, x in zip(self._taps, views, strict=True)]
         assert self._trunk is not None
         shared = self._trunk(views[0])
-        features = self.branch.branch_input(shared.logits)
+        features = self.branching_network.branch_input(shared.logits)
         answers = []
         for tap in self._taps:
             own = tap(features)
@@ -148,19 +148,25 @@ class Peers(nn.Module):
         """One peer as a network of its own; of a branch it is a copy."""
         if not self.branching:
             return self.networks[index]
-        network = self.branch.branch_network(index)
-        network.load_state_dict(self.branch.branch_state(index, self.branch.state_dict()))
+        network = self.branching_network.branch_network(index)
+        network.load_state_dict(
+            self.branching_network.branch_state(index, self.branching_network.state_dict())
+        )
         return network
 
     def state_of(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of one peer, under its own names, from a state of this object."""
         if self.branching:
-            return self.branch.branch_state(index, cut_prefix(state, "networks.0."))
+            return self.branching_network.branch_state(index, cut_prefix(state, "networks.0."))
         return cut_prefix(state, f"networks.{index}.")
 
     def config(self, index: int, configs: Sequence[Any]) -> Any:
         """Configuration of one peer, given those of ``networks``."""
-        return self.branch.branch_config(index, configs[0]) if self.branching else configs[index]
+        return (
+            self.branching_network.branch_config(index, configs[0])
+            if self.branching
+            else configs[index]
+        )
 
     def whole_networks(self) -> list[nn.Module]:
         """Networks that run whole, each by itself: the peers, or trunk and branches.
@@ -171,5 +177,5 @@ class Peers(nn.Module):
         if self.batched:
             raise ValueError("batched=True, which is one network already: compile it in Python")
         if self.branching:
-            return [self.branch.trunk, *self.branch.branches]
+            return [self.branching_network.trunk, *self.branching_network.branches]
         return list(self.networks)

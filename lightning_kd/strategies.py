@@ -214,12 +214,12 @@ def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
 def parts_of(cohort: Cohort) -> list[list[nn.Module]]:
     """The modules of each peer."""
     groups = [part for part in cohort.modules() if isinstance(part, Peers)]
-    learners = cohort.distillations()
+    distillations = cohort.distillations()
     return [
         [
             *(peers.networks[k] for peers in groups),
             cohort.losses[k],
-            *(part for one in learners[k : k + 1] for part in (one.losses, one.weighting)),
+            *(part for one in distillations[k : k + 1] for part in (one.losses, one.weighting)),
         ]
         for k in range(len(cohort.peers))
     ]

@@ -137,7 +137,7 @@ plt.show()
 
 # %%
 module, history, _ = together[-1]
-best = module.best_learner([history[-1][f"val/peer_{k}/accuracy"] for k in range(3)])
+best = module.distillation.best_network(module.distillation.scores(history[-1]))
 network = module.exported_networks()[best].eval()
 images, labels = digits.on_after_batch_transfer(digits._test, 0)
 with torch.no_grad():

@@ -33,10 +33,10 @@ torch.set_num_threads(1)  # networks this small gain nothing from a second one
 seed_everything(0, verbose=False)
 
 # %% [markdown]
-# ## One round a training step: invert, remember, distil
+# ## One round a training step: synthesize, remember, distil
 #
-# What images are to be like is a list of terms. The memory of 1,000 images is the data scale. The
-# digits themselves are only used to measure.
+# What images are to be like is a list of image losses. The memory of 1,000 images is the data
+# scale. The digits themselves are only used to measure.
 
 # %%
 teacher = pretrained("configs/digits/teachers/resnet20.safetensors")

@@ -16,7 +16,7 @@ PACKAGE = Path(lightning_kd.__file__).parent
 ORDER = [
     "utils", "atomic_files", "functional", "distributed", "outputs", "schedules", "features",
     "models", "tasks", "losses", "weighting", "exchange", "teachers", "base_distillation",
-    "evaluation", "distillation", "peers", "cohort", "data_free", "data", "modules", "strategies",
+    "metrics", "distillation", "peers", "cohort", "data_free", "data", "modules", "strategies",
     "callbacks", "cli",
 ]  # fmt: skip
 CORE = ORDER[: ORDER.index("data")]

@@ -77,7 +77,7 @@ class Compile(Callback):
                 f"Compile expected a module of lightning_kd, got {type(module).__name__}."
             )
         try:
-            trained = module.distillation.compiled_networks()
+            trained = module.distillation.compilable_networks()
         except ValueError as error:
             raise ValueError(
                 f"Expected networks that are run whole with Compile, got {type(module).__name__} "

@@ -42,8 +42,8 @@ class ImageSynthesizer(nn.Module):
         generator: BaseGenerator,
         image_losses: Mapping[str, ImageLoss] | Sequence[ImageLoss],
         targets: Targets | None = None,
-        images: int = 256,
-        steps: int = 2,
+        round_images: int = 256,
+        generator_steps: int = 2,
         crop_padding: int = 0,
         flip: bool = False,
     ) -> None:
@@ -62,7 +62,12 @@ class ImageSynthesizer(nn.Module):
                 raise TypeError(f"Expected {name} of type {kind.__name__}, got {got}.")
         self.generator, self.targets = generator, targets
         self.image_losses = nn.ModuleDict(image_losses_by_name(image_losses))
-        self.images, self.steps, self.crop_padding, self.flip = images, steps, crop_padding, flip
+        self.round_images, self.generator_steps, self.crop_padding, self.flip = (
+            round_images,
+            generator_steps,
+            crop_padding,
+            flip,
+        )
         self._statistics: InputStatistics | None = None
         #: images of the last round, shape (B, C, H, W); None before the first
         self.latest: Tensor | None = None
@@ -146,14 +151,14 @@ class ImageSynthesizer(nn.Module):
             Images (B, C, H, W) with the lowest loss, and the last step's losses by name.
         """
         assert distillation.input_shape is not None
-        self.generator.start_round(self.images, distillation.input_shape, random)
-        target = self.targets.sample(self.images, num_classes, random)
+        self.generator.start_round(self.round_images, distillation.input_shape, random)
+        target = self.targets.sample(self.round_images, num_classes, random)
         optimizer = optimizers.get("generator")
         loss_optimizer = optimizers.get("image_losses")
         learned = [p for p in self.image_losses.parameters() if p.requires_grad]
         best, least = torch.empty(0), torch.empty(0)
         losses: dict[str, Tensor] = {}
-        for step in range(self.steps):
+        for step in range(self.generator_steps):
             images = self.generator()
             losses = self.compute_losses(
                 distillation, images, target, class_share, student_waits, random

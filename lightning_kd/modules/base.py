@@ -14,7 +14,7 @@ from lightning_kd.base_distillation import BaseDistillation, total_loss
 from lightning_kd.distributed import gather_objects
 from lightning_kd.modules.example_input import example_input, plain_defaults, training_images
 from lightning_kd.modules.loss_tracker import LossTracker
-from lightning_kd.modules.metrics import collect, log_metrics, update_own
+from lightning_kd.modules.metric_logging import collect, log_metrics, update_own
 from lightning_kd.modules.options import is_plain
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.tasks import Classification, Task

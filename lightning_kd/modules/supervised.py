@@ -14,14 +14,16 @@ class Supervised(Distiller):
 
     Args:
         student: The network to train.
-        depth: Leave out blocks at random while training, so that the network can be a teacher of
-            ``SubTeacher`` by the same part; one path a batch, whatever its ``count``.
+        stochastic_depth: Leave out blocks at random while training, so that the network can be a
+            teacher of ``SubTeacher`` by the same part; one path a batch, whatever its ``count``.
         options: Of ``Distiller``: ``task``, ``optimizer``, ``scheduler``, ``scheduler_interval``,
             ``metrics``, ``num_classes``.
     """
 
     def __init__(
-        self, student: nn.Module, depth: StochasticDepth | None = None, **options: Any
+        self, student: nn.Module, stochastic_depth: StochasticDepth | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.distillation = Distillation(student, task=self.task, task_weight=1.0, depth=depth)
+        self.distillation = Distillation(
+            student, task=self.task, task_weight=1.0, stochastic_depth=stochastic_depth
+        )

@@ -101,7 +101,10 @@ def test_features_that_a_layer_changes_in_place_are_reported(make_trainer, digit
             lambda: SubTeacher(TinyNet(), TinyNet(), NoisyTeacher(2)),
             "teacher that is run in parts",
         ),
-        (lambda: Supervised(TinyNet(), depth=StochasticDepth(1)), "path changes at each step"),
+        (
+            lambda: Supervised(TinyNet(), stochastic_depth=StochasticDepth(1)),
+            "path changes at each step",
+        ),
         (lambda: PeerCohort([TinyNet(), TinyNet()], batched=True), "batched=True"),
     ],
 )

@@ -167,7 +167,9 @@ def test_compiled_equals_plain(method):
     """Traced as torch.compile does, run by torch's own operations."""
     torch._dynamo.reset()
     compiled = Compile(options={"backend": "eager"})
-    if isinstance(method.module, SubTeacher) or getattr(method.module.distillation, "depth", None):
+    if isinstance(method.module, SubTeacher) or getattr(
+        method.module.distillation, "stochastic_depth", None
+    ):
         with pytest.raises(ValueError, match="run whole with Compile"):
             method.fit(callbacks=[compiled], max_epochs=1)
         return

@@ -148,7 +148,7 @@ def test_leaves_learn_soft_and_dense_labels():
     module = PeerCohort([tree()], Hierarchical(1.0), [SoftTarget(2.0)], task_weight=0.0)
     module.eval()._build(IMAGES)
     terms = module.compute_losses(IMAGES, soft)
-    leaves = module.peers.branch.leaves(IMAGES)
+    leaves = module.peers.branching_network.leaves(IMAGES)
     expected = sum(-(soft * leaf.log_softmax(1)).sum(1).mean() for leaf in leaves)
     torch.testing.assert_close(terms["leaves/task"], expected)
     dense = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
@@ -156,7 +156,8 @@ def test_leaves_learn_soft_and_dense_labels():
     module.eval()._build(IMAGES)
     places = torch.randint(0, 3, (5, *IMAGES.shape[2:]))
     expected = sum(
-        nn.functional.cross_entropy(leaf, places) for leaf in module.peers.branch.leaves(IMAGES)
+        nn.functional.cross_entropy(leaf, places)
+        for leaf in module.peers.branching_network.leaves(IMAGES)
     )
     torch.testing.assert_close(module.compute_losses(IMAGES, places)["leaves/task"], expected)
 
@@ -219,7 +220,7 @@ def test_every_size_is_exported(make_trainer, digits, tmp_path):
 
     trainer = make_trainer(max_epochs=1, callbacks=[ExportStudent(str(tmp_path))])
     module = fit(trainer, cohort(), digits())
-    grown = module.peers.branch.eval()
+    grown = module.peers.branching_network.eval()
     for k in range(3):
         network = pretrained(str(tmp_path / f"peer_{k}.safetensors"))
         assert network.models == 2**k

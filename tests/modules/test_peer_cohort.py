@@ -418,11 +418,13 @@ def test_cohort_with_teachers_trains_and_resumes(tiny, make_trainer, digits, tmp
     first.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
     assert not [k for k in saved if "teachers.members" in k or ".teachers." in k]
-    assert [k for k in saved if k.startswith("distillation.from_teachers.1.losses.hint")]
+    assert [k for k in saved if k.startswith("distillation.teacher_distillations.1.losses.hint")]
     again = make()
     make_trainer(max_epochs=2).fit(again, datamodule=digits(), ckpt_path=tmp_path / "half.ckpt")
     for key, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     state = whole.state_dict()
-    assert state["distillation.from_teachers.1.weighting.gate.weight"].any()  # it begins with zeros
+    assert state[
+        "distillation.teacher_distillations.1.weighting.gate.weight"
+    ].any()  # it begins with zeros

@@ -320,10 +320,10 @@ def test_bf16(source, build, make_trainer, digits):
 def test_the_teacher_is_trained_with_blocks_left_out(make_trainer, digits):
     torch.manual_seed(0)
     network = resnet14(in_channels=1, width=4)
-    module = Supervised(network, depth=StochasticDepth(survival=0.5))
+    module = Supervised(network, stochastic_depth=StochasticDepth(survival=0.5))
     drawn = []
-    draw = module.distillation.depth.draw
-    module.distillation.depth.draw = lambda *a: drawn.append(draw(*a)) or drawn[-1]
+    draw = module.distillation.stochastic_depth.draw
+    module.distillation.stochastic_depth.draw = lambda *a: drawn.append(draw(*a)) or drawn[-1]
     trainer = make_trainer(max_epochs=2)
     trainer.fit(module, datamodule=digits())
     assert len(drawn) == trainer.global_step
@@ -340,7 +340,9 @@ def test_the_teacher_is_trained_with_blocks_left_out(make_trainer, digits):
 def test_a_resumed_training_of_such_a_teacher_goes_on_bit_for_bit(make_trainer, digits, tmp_path):
     def make():
         torch.manual_seed(0)
-        return Supervised(resnet14(in_channels=1, width=4), depth=StochasticDepth(survival=0.5))
+        return Supervised(
+            resnet14(in_channels=1, width=4), stochastic_depth=StochasticDepth(survival=0.5)
+        )
 
     whole, half, again = make(), make(), make()
     make_trainer(max_epochs=2).fit(whole, datamodule=digits())
@@ -404,12 +406,15 @@ def test_a_copy_shares_the_teacher_and_draws_the_same_paths(source, build):
 
 
 def test_a_copy_of_a_teacher_in_training_has_its_own_blocks():
-    module = Supervised(teacher(), depth=StochasticDepth(survival=0.5))
+    module = Supervised(teacher(), stochastic_depth=StochasticDepth(survival=0.5))
     x = torch.rand(4, 1, 8, 8)
     module._build(x)
     twin = copy.deepcopy(module)
-    blocks = {dict(twin.student.named_modules())[name] for name in twin.distillation.depth.names}
-    assert set(twin.distillation.depth._paths._blocks) == blocks
+    blocks = {
+        dict(twin.student.named_modules())[name]
+        for name in twin.distillation.stochastic_depth.names
+    }
+    assert set(twin.distillation.stochastic_depth._paths._blocks) == blocks
     assert torch.equal(
         module.train().distillation.student_output(x).logits,
         twin.train().distillation.student_output(x).logits,
@@ -507,7 +512,7 @@ def make(kind):
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 0.0  # statistics of half a batch are others
-        return Supervised(network.requires_grad_(), depth=StochasticDepth(survival=0.5))
+        return Supervised(network.requires_grad_(), stochastic_depth=StochasticDepth(survival=0.5))
     frozen = resnet14(in_channels=1, width=4).double()
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).double()
     return SubTeacher(student, frozen, StochasticDepth(3, survival=0.5))
