@@ -150,12 +150,18 @@ def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
     """Sum of the losses of a step.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one is no scalar.
     """
     if not losses:
         raise ValueError(
             "Expected at least one loss, got none: the batch has no labels and there are no "
             "distillation losses (or task_weight is 0)."
+        )
+    wrong = [name for name, loss in losses.items() if name in ("loss", "output") or loss.dim()]
+    if wrong:
+        raise ValueError(
+            f"Expected named losses, each a scalar, without their sum `loss` or an `output`, got "
+            f"{wrong}: return what losses_and_output(x, target)[0] holds, and more by other names."
         )
     return torch.stack(list(losses.values())).sum()
 

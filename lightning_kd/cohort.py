@@ -20,7 +20,7 @@ from lightning_kd.peers import Peers
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherEnsemble
 from lightning_kd.utils.checks import check_type
-from lightning_kd.weighting import Weighting
+from lightning_kd.weighting import Uniform, Weighting
 from lightning_kd.weighting.base import refuse_memory
 
 if TYPE_CHECKING:
@@ -83,24 +83,20 @@ class Cohort(BaseDistillation):
         self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
         if not teachers and (teacher_losses or weighting):
             raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
-        if weighting is not None:
-            refuse_memory(weighting)
+        refuse_memory(weighting or Uniform())
         given = losses_by_name(
             [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
         )
         inside = [type(loss).__name__ for loss in given.values() if loss.changes_student]
         if inside and (self.peers.branching or batched):
             raise ValueError(
-                f"Expected networks that run apart with {inside}, which flow into their forward "
-                f"passes, got branches or batched=True."
+                f"Expected peers that run apart, not as branches or batched, with {inside}."
             )
         self.teachers = TeacherEnsemble(teachers or [])
         self.teachers.refuse_weights_of(self.peers.networks)
-        #: for each peer what it learns from trained teachers
-        self.teacher_distillations = nn.ModuleList(
-            Distillation(
-                None, self.teachers, copy.deepcopy(given), copy.deepcopy(weighting), self.task
-            )
+        parts = (given, weighting)
+        self.teacher_distillations = nn.ModuleList(  # what each peer learns from trained teachers
+            Distillation(None, self.teachers, *copy.deepcopy(parts), self.task)
             for _ in (self.names if teachers else ())
         )
         self.update = "simultaneous"  # how peers step, as ``PeerCohort`` has it
@@ -136,8 +132,7 @@ class Cohort(BaseDistillation):
         return [self.view(x) for _ in self.names]
 
     def _same_input(self, x: Tensor) -> list[NetworkOutput]:
-        outputs: list[NetworkOutput] = self.peers([x] * len(self.peers))
-        return outputs
+        return list(self.peers([x] * len(self.peers)))
 
     def before_peers(self, views: Sequence[Tensor]) -> list[dict[int, NetworkOutput]]:
         """Run trained teachers on each peer's images (B, C, H, W), none twice on the same ones.
@@ -277,7 +272,12 @@ class Cohort(BaseDistillation):
 
     def output(self, x: Tensor) -> NetworkOutput:
         """Log-probabilities of the cohort as an ensemble."""
-        return NetworkOutput(self.exchange.log_probabilities(self._same_input(x)))
+        return self._ensemble(self._same_input(x))
+
+    def _ensemble(self, peers: Sequence[NetworkOutput]) -> NetworkOutput:
+        if self.task.class_logits(peers[0]) is None:
+            return self.task.ensemble(TeacherOutputs.uniform(peers))
+        return NetworkOutput(self.exchange.log_probabilities(peers))
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics of the ensemble, the watched one of each peer, agreement of each pair."""
@@ -288,7 +288,7 @@ class Cohort(BaseDistillation):
     ) -> NetworkOutput:
         """Measure every peer, their ensemble, and how far peers agree."""
         peers = self._same_input(x)
-        answer = NetworkOutput(self.exchange.log_probabilities(peers))
+        answer = self._ensemble(peers)
         named = dict(zip(self.names, peers, strict=True))
         update_cohort_metrics(self.task, metrics, named, answer, target)
         if target is not None and observe:

@@ -73,8 +73,10 @@ class Distillation(BaseDistillation):
         check_type(task, Task, "task")
         if losses is None:
             losses = [SoftTarget(temperature=4.0, weight=0.9)] if len(ensemble) else []
+        if losses and not len(ensemble):
+            raise ValueError("Expected teachers with losses, got none: leave the losses out.")
         self.task, self.task_weight = task or Classification(), task_weight
-        # pretrained ones are in eval mode; a cohort gives None, since its peers run elsewhere
+        # a pretrained one is in eval mode; a cohort gives None, since its peers run elsewhere
         self.student = None if student is None else student.train()
         self.losses = nn.ModuleDict(losses_by_name(losses))
         self.weighting = weighting or Uniform()
@@ -116,7 +118,7 @@ class Distillation(BaseDistillation):
         if len(indices) < len(self.teachers) and self.losses:
             # DDP and optimizers see every adapter each step, whichever teachers ran
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
-            rest.append(student.logits.sum())
+            rest.append(student.logits.float().sum())
             first = next(iter(self.losses))
             losses[first] = losses.get(first, 0.0) + 0.0 * torch.stack(rest).sum()
         return losses, student
@@ -183,7 +185,6 @@ class Distillation(BaseDistillation):
             return {}
         indices, trust = found
         shares = (trust.mean(1) if trust.dim() == 2 else trust).unbind()
-        # a teacher that did not run had no weight
         logged = {f"trust_{m}": trust.new_zeros(()) for m in range(len(self.teachers))}
         return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
 
@@ -210,7 +211,8 @@ class Distillation(BaseDistillation):
         """Size losses and weighting by outputs of a dry run."""
         for part in self._parts():
             part.build(student, teachers)
-            part.to(student.logits.device)
+            part.to(student.logits)
+            part._sized = True
 
     def student_layers(self) -> list[str]:
         """Layers of the student that are read."""
@@ -221,7 +223,7 @@ class Distillation(BaseDistillation):
         return [layer for part in self._parts() for layer in part.teacher_layers(index)]
 
     def attach(self, student: nn.Module | None = None) -> None:
-        """Find layers again, where some were replaced; a cohort gives the peer that learns."""
+        """Find layers again where some were replaced; a cohort gives the peer that learns."""
         if self._tap is not None:
             self._tap.hook()
         student = student or self.student
@@ -256,11 +258,10 @@ class Distillation(BaseDistillation):
         return options.get("student")
 
     def compilable_networks(self) -> list[nn.Module]:
-        """The student; see ``BaseDistillation.compilable_networks``."""
-        if self.stochastic_depth is not None:
-            raise ValueError("a student with stochastic depth, whose path changes at each step")
-        if self.teachers.why_not_compiled:
-            raise ValueError(self.teachers.why_not_compiled)
+        """The student."""
+        depth = "a student with stochastic depth, whose path changes at each step"
+        if why := (depth if self.stochastic_depth else self.teachers.why_not_compiled):
+            raise ValueError(why)
         return super().compilable_networks()
 
     def output(self, x: Tensor) -> NetworkOutput:
@@ -283,8 +284,8 @@ class Distillation(BaseDistillation):
             asked = [teachers[m] for m in indices]
             # without labels: an ensemble that is weighed by the right answer measures nothing
             trust = self.weighting(student, asked, None)
-            mean = TeacherOutputs(asked, trust, self.weighting.space, indices).log_probabilities()
-            ensemble = NetworkOutput(mean)
+            outputs = TeacherOutputs(asked, trust, self.weighting.space, indices)
+            ensemble = self.task.ensemble(outputs)
         update_student_metrics(self.task, metrics, student, teachers, ensemble, target)
         if target is not None and observe:
             self.weighting.observe(student, teachers, target)

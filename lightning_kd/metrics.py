@@ -53,7 +53,8 @@ def update_student_metrics(
         task.update_agreement(metrics["agreement"], student, ensemble)
     if target is None:
         return
-    task.update(metrics, student, target)
+    own = {name: m for name, m in metrics.items() if "/" not in name and name != "agreement"}
+    task.update(own, student, target)
     named = {f"teacher_{m}": output for m, output in enumerate(teachers)}
     for name, output in ({} if ensemble is None else {**named, "ensemble": ensemble}).items():
         task.update({task.watched: metrics[f"{name}/{task.watched}"]}, output, target)
@@ -93,7 +94,11 @@ def update_cohort_metrics(
         task.update_agreement(metrics[f"agreement_{j}_{k}"], one, other)
     if target is None:
         return
-    own = {name.removeprefix("ensemble/"): metric for name, metric in metrics.items()}
+    own = {
+        name.removeprefix("ensemble/"): metric
+        for name, metric in metrics.items()
+        if name == "loss" or name.startswith("ensemble/")
+    }
     task.update(own, answer, target)
     for name, peer in peers.items():
         task.update({task.watched: metrics[f"{name}/{task.watched}"]}, peer, target)

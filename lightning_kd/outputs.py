@@ -117,5 +117,6 @@ class TeacherOutputs:
         stacked = torch.stack(list(values))
         weights = self.weights.to(stacked)
         if stacked.dim() == 1:  # one per batch: each teacher's mean weight in it
-            return (weights.flatten(1).mean(1) if weights.dim() == 2 else weights) @ stacked
+            with torch.autocast(stacked.device.type, enabled=False):  # losses are float32
+                return (weights.flatten(1).mean(1) if weights.dim() == 2 else weights) @ stacked
         return ((weights if weights.dim() == 2 else weights[:, None]) * stacked).sum(0).mean()

@@ -218,6 +218,20 @@ def test_a_loss_is_reached_by_its_name(fit, tmp_path):
     assert saved["model"]["init_args"]["losses"]["kd"]["init_args"]["temperature"] == 6
 
 
+def test_options_do_not_leak_into_another_class_of_a_named_loss(fit):
+    cli = fit("--model.losses.soft_target", "lightning_kd.losses.LogitMSE")
+    assert type(cli.model.distillation.losses["soft_target"]).__name__ == "LogitMSE"
+    assert cli.model.distillation.losses["soft_target"].weight == 1.0  # not SoftTarget's 0.9
+
+
+def test_one_callback_needs_no_list(fit, tmp_path):
+    config = yaml.safe_load((ROOT / "configs/digits/multi_teacher.yaml").read_text())
+    config["trainer"]["callbacks"] = {"class_path": "lightning.pytorch.callbacks.Timer"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    cli = fit(config=str(tmp_path / "c.yaml"))
+    assert "Timer" in {type(c).__name__ for c in cli.trainer.callbacks}
+
+
 def test_an_index_of_a_list_is_refused_in_a_sentence(capsys):
     config = "configs/digits/multi_teacher.yaml"
     said = message(capsys, "fit", "-c", config, "--model.losses.0.weight=1")

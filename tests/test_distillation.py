@@ -1,13 +1,23 @@
 """The core without Lightning: a plain loop, losses on tensors, and what it refuses."""
 
+import argparse
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_kd import Cohort, Distillation, MultiTeacher, NetworkOutput, PeerCohort, losses
+from lightning_kd import (
+    Cohort,
+    Distillation,
+    MultiTeacher,
+    NetworkOutput,
+    PeerCohort,
+    Teacher,
+    losses,
+)  # fmt: skip
 from lightning_kd.exchange import Fusion
 from lightning_kd.losses import (
     AttentionTransfer,
@@ -18,7 +28,7 @@ from lightning_kd.losses import (
     Relational,
     SoftTarget,
 )  # fmt: skip
-from lightning_kd.weighting import Confidence, LearnedGate
+from lightning_kd.weighting import Confidence, Fixed, LearnedGate
 from tests import reference
 from tests.conftest import TinyNet, assert_same_state, state_of
 
@@ -245,3 +255,122 @@ def test_weightings_see_students_first():
     student, teachers = NetworkOutput(torch.randn(3, 4)), [NetworkOutput(torch.randn(3, 4))] * 2
     assert Confidence()(student, teachers, torch.tensor([0, 1, 2])).shape == (2, 3)
     assert isinstance(Distillation(TinyNet(), [TinyNet(8)]).losses, nn.ModuleDict)
+
+
+# ---------------------------------------------------------------------- faults that a review found
+
+
+@pytest.mark.parametrize("loss", [Relational("a", "a"), losses.PKT("a", "a")])
+def test_losses_of_a_whole_batch_are_float32_under_autocast(loss):
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    plain = loss(student, [teacher, teacher + 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = loss(student, [teacher, teacher + 1])
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapters_have_the_dtype_of_what_they_are_first_given(dtype):
+    student, teacher = torch.randn(4, 3, dtype=dtype), torch.randn(4, 5, dtype=dtype)
+    for loss in (Hint("a", "a"), losses.FEED("a", "a"), losses.MEAL("a", "a")):
+        assert loss(student, teacher).isfinite()
+        assert {p.dtype for p in loss.parameters()} == {dtype}
+    core = Distillation(TinyNet(), TinyNet(8), [Hint("relu", "relu")]).double()
+    core.build(X.double())
+    assert core(X.double(), Y)["hint"].dtype == torch.float64
+
+
+def test_a_loss_that_a_core_has_sized_is_not_sized_again():
+    class Counted(SoftTarget):
+        built = 0
+
+        def build(self, student, teachers):
+            self.built += 1
+
+    core = Distillation(TinyNet(), TinyNet(8), {"kd": Counted()})
+    core.build(X)
+    core.losses["kd"](torch.randn(2, 3), torch.randn(2, 3))
+    assert core.losses["kd"].built == 1
+    hint = Hint("a", "a").eval()
+    with torch.inference_mode():
+        hint(torch.randn(4, 3), torch.randn(4, 5))
+    assert not any(part.training for part in hint.modules())
+    hint(torch.randn(4, 3), torch.randn(4, 5)).backward()
+
+
+def test_losses_without_teachers_and_names_of_modules_are_refused():
+    with pytest.raises(ValueError, match="Expected teachers with losses, got none"):
+        Distillation(TinyNet(), losses=[SoftTarget()])
+    with pytest.raises(ValueError, match="got 'training' for SoftTarget"):
+        Distillation(TinyNet(), TinyNet(8), {"training": SoftTarget()})
+
+
+def ways(network):
+    modes = [part.training for part in network.modules()]
+    return modes, [p.requires_grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_gives_teachers_back(error, make_trainer, digits):
+    class Break(Callback):
+        def on_train_batch_end(self, *args):
+            raise error
+
+    network = TinyNet(8)
+    before = ways(network)
+    module = MultiTeacher(TinyNet(), [network])
+    with pytest.raises((error, SystemExit)):
+        make_trainer(callbacks=[Break()]).fit(module, datamodule=digits())
+    assert ways(network) == before
+
+
+def test_one_network_in_several_teachers_is_given_back(make_trainer, digits):
+    network = TinyNet(8)
+    before = ways(network)
+    other = MultiTeacher(TinyNet(), [network])
+    module = MultiTeacher(TinyNet(), [network, nn.Sequential(nn.Identity(), network)])
+    network.dropout = nn.Dropout2d(0.5)  # a part that came later
+    make_trainer(max_epochs=1).fit(module, datamodule=digits())
+    assert ways(network) == before
+    assert other.teachers[0].network is network
+
+
+def test_a_copy_of_a_teacher_has_its_own_classes():
+    teacher = Teacher(TinyNet(num_classes=4), [0, 1, 2, 3], 10)
+    copy.deepcopy(teacher).to("meta")
+    assert teacher.classes.device.type == "cpu"
+    assert teacher(X).logits.shape == (8, 10)
+
+
+def test_own_hyperparameters_do_not_keep_a_checkpoint_from_loading(make_trainer, digits, tmp_path):
+    module = MultiTeacher(TinyNet(), [TinyNet(8)], task_weight=0.3)
+    module.save_hyperparameters({"dataset": "digits"})
+    module.save_hyperparameters(argparse.Namespace(run="a"))
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, datamodule=digits())
+    assert module.hparams["dataset"] == "digits"
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    given = {"student": TinyNet(), "teachers": [TinyNet(8)]}
+    again = MultiTeacher.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **given)
+    assert again.distillation.task_weight == 0.3
+    assert_same_state(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("wrong", ["loss", "output", "rows"])
+def test_own_losses_are_named_scalars_without_their_sum(wrong, make_trainer, digits):
+    class Mine(MultiTeacher):
+        def compute_losses(self, x, target):
+            found = super().compute_losses(x, target)
+            return {**found, wrong: torch.zeros(3 if wrong == "rows" else ())}
+
+    with pytest.raises(ValueError, match=rf"each a scalar, without their sum .*\['{wrong}'\]"):
+        make_trainer().fit(Mine(TinyNet(), [TinyNet(8)]), datamodule=digits())
+
+
+def test_a_teacher_that_did_not_run_adds_nothing_even_in_half_precision():
+    core = Distillation(TinyNet(), [TinyNet(8), TinyNet(6)], weighting=Fixed([1.0, 0.0]))
+    core.build(X)
+    big = NetworkOutput(torch.full((64, 10), 3000.0, dtype=torch.half))
+    core.student_output = lambda x: big
+    assert core.losses_and_output(X[:1].expand(64, -1, -1, -1), None)[0]["soft_target"].isfinite()

@@ -118,7 +118,7 @@ class AttributeScheduler(Callback):
                 ]
             found = []
             for owner in owners:
-                known = list(owner.keys()) if hasattr(owner, "keys") else None
+                known = list(owner.keys()) if isinstance(owner, nn.ModuleDict) else None
                 if (part in known) if known is not None else hasattr(owner, part):
                     found.append(owner[part] if known is not None else getattr(owner, part))
                     continue

@@ -38,7 +38,8 @@ def keep_checkpoints_together(trainer: Namespace) -> None:
     root = trainer.get("default_root_dir")
     if root is None:
         return
-    for callback in trainer.get("callbacks") or []:
+    given = trainer.get("callbacks") or []
+    for callback in given if isinstance(given, list) else [given]:
         kind = import_path(callback["class_path"])
         known = inspect.isclass(kind) and issubclass(kind, ModelCheckpoint)
         if known and callback.get("init_args.dirpath") is None:
@@ -73,6 +74,9 @@ def fill_in(model: Namespace, data: Namespace) -> None:
     def walk(node: Any) -> None:
         if isinstance(node, list):
             for item in node:
+                walk(item)
+        if isinstance(node, dict):
+            for item in node.values():
                 walk(item)
         if not isinstance(node, Namespace):
             return

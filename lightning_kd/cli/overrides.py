@@ -76,7 +76,7 @@ def _pairs(old: Any, new: Any, name: str) -> Iterator[tuple[str, dict[str, Any],
     if isinstance(old, list) and isinstance(new, list):
         for index, (a, b) in enumerate(zip(old, new, strict=False)):
             yield from _pairs(a, b, f"{name}.{index}")
-    if not isinstance(old, dict) or not isinstance(new, Namespace):
+    if not isinstance(old, dict) or not isinstance(new, (dict, Namespace)):
         return
     if isinstance(old.get("class_path"), str) and isinstance(new.get("class_path"), str):
         yield name.lstrip("."), old, new

@@ -116,8 +116,9 @@ class DistillationLoss(nn.Module, ABC):
                 )
             teachers = TeacherOutputs.uniform([output.detach() for output in outputs])
         if not self._sized:
-            self.build(student, teachers.outputs)
-            self.to(student.logits.device)
+            with torch.inference_mode(False):
+                self.build(student, teachers.outputs)
+            self.to(student.logits).train(self.training)
             self._sized = True
         return student, teachers
 
@@ -200,7 +201,7 @@ def losses_by_name(
                 f"Expected a loss whose name is not `loss`, `task`, `gate` or `output`, which are "
                 f"taken in the log, got {name!r} for {type(loss).__name__}: choose another name."
             )
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"Expected a name made of letters, digits and _ that is no method of a mapping, "
                 f"got {name!r} for {type(loss).__name__}: choose another name."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from lightning_kd.distributed import gather_objects
 from lightning_kd.modules.example_input import example_input, plain_defaults, training_images
 from lightning_kd.modules.loss_tracker import LossTracker
 from lightning_kd.modules.metric_logging import collect, log_metrics, update_own
-from lightning_kd.modules.options import is_plain
+from lightning_kd.modules.options import plain_options
+from lightning_kd.modules.release import ReleaseTeachers
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherCache, TeacherEnsemble
+from lightning_kd.utils.checks import check_one_of
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
 
@@ -63,10 +65,8 @@ class Distiller(LightningModule):
         if type(self) is Distiller:
             raise TypeError("Distiller is the base of the paradigms: use MultiTeacher, say.")
         self.save_hyperparameters()
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(
-                f'Expected scheduler_interval "epoch" or "step", got {scheduler_interval!r}.'
-            )
+        self._arguments = set(self.hparams)
+        check_one_of(scheduler_interval, ("epoch", "step"), "scheduler_interval")
         self.task = task or Classification()
         self.num_classes = num_classes
         self.loss_tracker = LossTracker()
@@ -168,7 +168,7 @@ class Distiller(LightningModule):
         own = {name: metrics.pop(name) for name in self._own_names}
         observe = stage == "val" and self.trainer.state.fn == "fit"
         output = self.distillation.update_metrics(metrics, x, target, observe)
-        update_own(own, output, target)
+        update_own(own, output, self.task.hard_target(target))
         log_metrics(self, collection, f"{stage}/{self.task.watched}")
 
     # ------------------------------------------------------------------ optimizers
@@ -206,6 +206,10 @@ class Distiller(LightningModule):
             self._build(self._like_input(example_input(self, self.unpack)))
         self.distillation.attach()  # a fit with sync_batchnorm puts plain layers back
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Give the teachers back where a run breaks off, too."""
+        return [ReleaseTeachers(self.teachers)]
+
     def teardown(self, stage: str) -> None:
         """Give the teachers back as they were."""
         self.teachers.release()
@@ -213,14 +217,9 @@ class Distiller(LightningModule):
     def _build(self, x: Tensor) -> None:
         with plain_defaults(x.device):
             self.distillation.build(x, self.num_classes)
-        metrics, own = self.distillation.metrics(), self.configure_metrics()
-        taken = sorted(metrics.keys() & own.keys())
-        if taken:
-            raise ValueError(
-                f"Expected metrics whose names are free, got {taken}, which are measured already: "
-                f"choose other names."
-            )
-        self.metrics, self._own_names, self._ready = collect({**metrics, **own}), tuple(own), True
+        own = self.configure_metrics()
+        self.metrics = collect(self.distillation.metrics(), own)
+        self._own_names, self._ready = tuple(own), True
 
     def _like_input(self, x: Tensor) -> Tensor:
         """Images on the module's device and in its precision, for a dry run."""
@@ -242,7 +241,6 @@ class Distiller(LightningModule):
             with torch.no_grad():
                 images = [x.to(self.device) for x in training_images(self, self.unpack)]
                 self.distillation.calibrate(images)
-        # a validation of its own leaves states that were made in inference mode
         for metrics in self.metrics.values():
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
@@ -280,6 +278,9 @@ class Distiller(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
         self.loss_tracker.raise_if_not_finite(self)
+        options = checkpoint.get("hyper_parameters", {})
+        for name in set(options) - self._arguments:  # a user's own, which __init__ does not take
+            del options[name]
         checkpoint["input_shape"] = self.distillation.input_shape
         checkpoint["rng"] = gather_objects(rng_state())
         checkpoint["scores"] = self._scores()
@@ -296,5 +297,4 @@ class Distiller(LightningModule):
         Live objects would be pickled into the checkpoint, which then no longer loads with
         ``weights_only``.
         """
-        kept = hp if "_instantiator" in hp else {k: v for k, v in hp.items() if is_plain(v)}
-        super()._set_hparams(kept)
+        super()._set_hparams(hp if "_instantiator" in hp else plain_options(hp))

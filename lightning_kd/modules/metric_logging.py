@@ -14,13 +14,23 @@ from lightning_kd.outputs import NetworkOutput
 STAGES = ("val", "test")
 
 
-def collect(metrics: Mapping[str, Metric]) -> nn.ModuleDict:
-    """Collections of copies of these metrics, one for each stage, named ``<stage>/<name>``."""
+def collect(metrics: Mapping[str, Metric], own: Mapping[str, Metric]) -> nn.ModuleDict:
+    """Collections of copies of these metrics, one for each stage, named ``<stage>/<name>``.
+
+    Raises:
+        ValueError: If a user's ``own`` metrics have a name that is taken.
+    """
+    taken = sorted(metrics.keys() & own.keys())
+    if taken:
+        raise ValueError(
+            f"Expected metrics whose names are free, got {taken}, which are measured already: "
+            f"choose other names."
+        )
     return nn.ModuleDict(
         {
             # each metric reads other tensors, so no two may share a state
             stage: MetricCollection(
-                {name: metric.clone() for name, metric in metrics.items()},
+                {name: metric.clone() for name, metric in {**metrics, **own}.items()},
                 prefix=f"{stage}/",
                 compute_groups=False,
             )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
+
+
+def plain_options(given: Mapping[str, Any] | Namespace) -> dict[str, Any]:
+    """Those of some options whose values load with ``weights_only``."""
+    options = vars(given) if isinstance(given, Namespace) else given
+    return {name: value for name, value in options.items() if is_plain(value)}
 
 
 def is_plain(value: Any) -> bool:

@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_kd.distributed import mean_over_labelled
-from lightning_kd.outputs import NetworkOutput
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -35,6 +36,15 @@ class Task(ABC):
     @abstractmethod
     def class_logits(self, output: NetworkOutput) -> Tensor | None:
         """The answer as logits over classes, shape (B, K, ...); None: it has none."""
+
+    def ensemble(self, outputs: TeacherOutputs) -> NetworkOutput:
+        """The mean of several outputs: log-probabilities; without classes, the mean itself."""
+        if self.class_logits(outputs.outputs[0]) is not None:
+            return NetworkOutput(outputs.log_probabilities())
+        stacked = torch.stack([output.logits for output in outputs.outputs])
+        weights = outputs.weights.to(stacked)
+        shape = (*weights.shape, *(1,) * (stacked.dim() - weights.dim()))
+        return NetworkOutput((weights.view(shape) * stacked).sum(0))
 
     @abstractmethod
     def hard_target(self, target: Tensor | None) -> Tensor | None:
@@ -64,7 +74,7 @@ class Task(ABC):
 
     @abstractmethod
     def update(self, metrics: Mapping[str, Metric], output: NetworkOutput, target: Tensor) -> None:
-        """Add a labelled batch to those of ``metrics`` that are there."""
+        """Add a labelled batch to ``metrics``, all or some of those that ``metrics`` makes."""
 
     @abstractmethod
     def agreement(self, output: NetworkOutput) -> Metric:

@@ -93,7 +93,7 @@ class Classification(Task):
             metrics["loss"].update(losses[is_labelled(target)])
         for name in ("accuracy", "ece"):
             if name in metrics:
-                metrics[name].update(output.logits, target)
+                metrics[name].update(output.logits, self.hard_target(target))
 
     def agreement(self, output: NetworkOutput) -> Metric:
         """Share of samples on which two networks choose the same class."""

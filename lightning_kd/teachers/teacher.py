@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_kd.features import OutputError, Tap, Tapped
 from lightning_kd.outputs import NetworkOutput
 
-#: requires_grad of each parameter and mode of each part, as they were before a network was frozen
-_BEFORE: weakref.WeakKeyDictionary[nn.Module, tuple[list[bool], list[bool]]] = (
-    weakref.WeakKeyDictionary()
-)
+#: requires_grad of each parameter, and mode of each part, as they were before they were frozen
+_TRAINABLE, _TRAINING = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
 
 class Teacher(nn.Module):
@@ -77,22 +75,24 @@ class Teacher(nn.Module):
 
     def freeze(self) -> None:
         """Put the network in eval mode and freeze its parameters, until ``release``."""
-        if self.network not in _BEFORE:
-            _BEFORE[self.network] = (
-                [p.requires_grad for p in self.network.parameters()],
-                [part.training for part in self._parts],
-            )
+        for parameter in self.network.parameters():
+            if parameter not in _TRAINABLE:
+                _TRAINABLE[parameter] = parameter.requires_grad
+        for part in self.network.modules():
+            if part not in _TRAINING:
+                _TRAINING[part] = part.training
         self.network.eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Restore the network's modes and ``requires_grad`` from before ``freeze``."""
-        before = _BEFORE.pop(self.network, None)
-        if before is None:
-            return
-        for parameter, requires_grad in zip(self.network.parameters(), before[0], strict=True):
-            parameter.requires_grad_(requires_grad)
-        for part, training in zip(self._parts, before[1], strict=True):
-            part.training = training
+        """Give the network's modes and ``requires_grad`` back as they were before ``freeze``."""
+        for parameter in self.network.parameters():
+            if parameter in _TRAINABLE:
+                parameter.requires_grad_(_TRAINABLE[parameter])
+                del _TRAINABLE[parameter]
+        for part in self.network.modules():
+            if part in _TRAINING:
+                part.training = _TRAINING[part]
+                del _TRAINING[part]
 
     def record_layers(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.
@@ -191,7 +191,7 @@ class Teacher(nn.Module):
         A copy that is moved or cast leaves the network where its owner has it.
         """
         twin = copy.copy(self)
-        twin._lent = True
+        twin._lent, twin._buffers = True, dict(self._buffers)
         memo[id(self)] = twin
         # whatever else refers to parts of the network, in its copy too
         memo.update((id(part), part) for part in self._parts)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,13 @@ def check_positive(value: float, name: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"Expected {name} > 0 and finite, got {value}.")
+
+
+def check_one_of(value: Any, allowed: Sequence[str], name: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of these."""
+    if value not in allowed:
+        listed = " or ".join(f'"{each}"' for each in allowed)
+        raise ValueError(f"Expected {name} {listed}, got {value!r}.")
 
 
 def check_type(value: Any, kind: type, name: str) -> None:

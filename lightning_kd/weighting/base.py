@@ -27,7 +27,7 @@ class Weighting(nn.Module, ABC):
         super().__init__()
         check_space(space)
         self.space = space
-        self._was_checked = False
+        self._was_checked = self._sized = False
 
     #: whether the teachers' logits are read in training
     reads_logits = True
