@@ -35,7 +35,7 @@ def measure(name: str, count: int, steps: int = 15) -> dict:
     torch.manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     module = MultiTeacher(resnet8(), [resnet20() for _ in range(count)], None, WEIGHTINGS[name]())
-    module._build(torch.zeros(1, 3, 32, 32))
+    module.distillation.build(torch.zeros(1, 3, 32, 32))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     x, y = torch.rand(64, 3, 32, 32), torch.randint(0, 10, (64,))
     times = []

@@ -226,10 +226,10 @@ def test_options_do_not_leak_into_another_class_of_a_named_loss(fit):
 
 def test_one_callback_needs_no_list(fit, tmp_path):
     config = yaml.safe_load((ROOT / "configs/digits/multi_teacher.yaml").read_text())
-    config["trainer"]["callbacks"] = {"class_path": "lightning.pytorch.callbacks.Timer"}
+    config["trainer"]["callbacks"] = {"class_path": "lightning_kd.callbacks.ChannelsLast"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     cli = fit(config=str(tmp_path / "c.yaml"))
-    assert "Timer" in {type(c).__name__ for c in cli.trainer.callbacks}
+    assert "ChannelsLast" in {type(c).__name__ for c in cli.trainer.callbacks}
 
 
 def test_an_index_of_a_list_is_refused_in_a_sentence(capsys):
