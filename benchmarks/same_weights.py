@@ -60,8 +60,8 @@ def run(path: Path, folder: Path) -> dict:
     config = folder / path.name
     config.write_text(text)
     command = "predict" if "pseudo_labels" in path.name else "fit"
-    arguments = [command, "-c", str(config), "--trainer.accelerator=cpu",
-                 "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    arguments = [command, "-c", str(config), "--trainer.accelerator=cpu", *quiet]
     if "1_teacher" in path.name:  # the next step needs a teacher that knows something
         arguments += ["--trainer.max_epochs=40"]
     elif command == "fit":

@@ -49,14 +49,14 @@ class MultiTeacher(Distiller):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.distillation = Distillation(
-            student, teachers, losses, weighting, self.task, task_weight
-        )
-        if not len(self.teachers):
+        if isinstance(teachers, (list, tuple)) and not teachers:
             raise ValueError(
                 "Expected at least one teacher, got none: list networks under `teachers`, or use "
                 "Supervised to learn from labels alone."
             )
+        self.distillation = Distillation(
+            student, teachers, losses, weighting, self.task, task_weight
+        )
         self._cached = False
         self._teacher_logits: Tensor | None = None
 
