@@ -97,11 +97,6 @@ class Peers(nn.Module):
         for tap in [*self._taps, *([self._trunk] if self._trunk else [])]:
             tap.hook()
 
-    @property
-    def built(self) -> bool:
-        """Whether ``record_layers`` was called."""
-        return bool(self._taps)
-
     def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
         """Run every peer.
 
@@ -162,11 +157,9 @@ class Peers(nn.Module):
 
     def config(self, index: int, configs: Sequence[Any]) -> Any:
         """Configuration of one peer, given those of ``networks``."""
-        return (
-            self.branching_network.branch_config(index, configs[0])
-            if self.branching
-            else configs[index]
-        )
+        if self.branching:
+            return self.branching_network.branch_config(index, configs[0])
+        return configs[index]
 
     def whole_networks(self) -> list[nn.Module]:
         """Networks that run whole, each by itself: the peers, or trunk and branches.

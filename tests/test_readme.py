@@ -51,14 +51,14 @@ class Stub:
 
     def fit(self, module, datamodule):
         module._build(torch.rand(2, *datamodule.image_shape))
+        self.built = module
 
 
 def test_the_data_free_block_of_readme_builds():
     student, teacher = (resnet8(num_classes=10) for _ in range(2))
-    exec(
-        block("README.md", "MetaGenerator("),
-        {"student": student, "teacher": teacher, "Trainer": Stub},
-    )
+    names = {"student": student, "teacher": teacher, "Trainer": Stub}
+    exec(block("README.md", "MetaGenerator("), names)
+    assert names["trainer"].built.distillation.built
 
 
 def test_the_classes_of_contributing_train(make_trainer, digits):
