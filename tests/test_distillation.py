@@ -325,6 +325,14 @@ def test_a_run_that_breaks_off_gives_teachers_back(error, make_trainer, digits):
     assert ways(network) == before
 
 
+def test_one_trainer_fits_and_tests_without_a_word_about_callbacks(make_trainer, digits, caplog):
+    module, trainer = MultiTeacher(TinyNet(), [TinyNet(8)]), make_trainer(max_epochs=1)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer.fit(module, datamodule=digits())
+        trainer.test(module, datamodule=digits(), verbose=False)
+    assert "override" not in caplog.text
+
+
 def test_one_network_in_several_teachers_is_given_back(make_trainer, digits):
     network = TinyNet(8)
     before = ways(network)

@@ -15,6 +15,7 @@ from lightning_kd.distillation import Distillation
 from lightning_kd.distributed import broadcast_buffers, gather_objects, sum_over_ranks, world_size
 from lightning_kd.functional import kl_divergence
 from lightning_kd.modules import Distiller
+from lightning_kd.utils.checks import check_one_of
 
 ROWS = ("images", "logits", "priorities")
 
@@ -53,8 +54,7 @@ class ReplayBuffer(Callback):
             raise ValueError(
                 f"Expected a whole number as capacity, >= 1, or null, got {capacity!r}."
             )
-        if evict not in ("oldest", "lowest_priority"):
-            raise ValueError(f'Expected evict "oldest" or "lowest_priority", got {evict!r}.')
+        check_one_of(evict, ("oldest", "lowest_priority"), "evict")
         self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict
         self.refresh = refresh
         self.memory: Memory | None = None

@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_kd.schedules import Schedule
+from lightning_kd.utils.checks import check_one_of
 
 
 class AttributeScheduler(Callback):
@@ -29,8 +30,7 @@ class AttributeScheduler(Callback):
     """
 
     def __init__(self, target: str, schedule: Schedule, interval: str = "epoch") -> None:
-        if interval not in ("epoch", "step"):
-            raise ValueError(f'Expected interval "epoch" or "step", got {interval!r}.')
+        check_one_of(interval, ("epoch", "step"), "interval")
         self.target, self.schedule, self.interval = target, schedule, interval
         self.count = 0
 

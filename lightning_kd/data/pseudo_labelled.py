@@ -13,6 +13,7 @@ from lightning_kd.data.base import ImageData
 from lightning_kd.data.batches import NUM_DRAWS, Batches, Order
 from lightning_kd.data.pseudo_labels import read_pseudo_labels
 from lightning_kd.functional import balanced_labels, is_labelled
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.seeds import seeded
 
 
@@ -48,8 +49,7 @@ class PseudoLabelled(LightningDataModule):
         share: float = 0.4,
     ) -> None:
         super().__init__()
-        if labels not in ("hard", "soft"):
-            raise ValueError(f'Expected labels "hard" or "soft", got {labels!r}.')
+        check_one_of(labels, ("hard", "soft"), "labels")
         if not 0 < share < 1:
             raise ValueError(f"Expected share between 0 and 1, got {share}.")
         if data.teacher_cache is not None:

@@ -15,6 +15,7 @@ from lightning_kd.functional import (
     simplex_projection,
 )
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.float32_state import Float32State
 
 Method = Literal["naive", "linear", "min_logit", "general"]
@@ -48,10 +49,7 @@ class Collective(Float32State, Exchange):
 
     def __init__(self, method: Method = "min_logit", ridge: float = 0.01) -> None:
         super().__init__()
-        if method not in ("naive", "linear", "min_logit", "general"):
-            raise ValueError(
-                f'Expected method "naive", "linear", "min_logit" or "general", got {method!r}.'
-            )
+        check_one_of(method, ("naive", "linear", "min_logit", "general"), "method")
         self.method, self.ridge = method, ridge
 
     def build(self, peers: Sequence[NetworkOutput]) -> None:

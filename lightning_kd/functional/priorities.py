@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_kd.utils.checks import check_one_of
+
 
 def priority_probabilities(priorities: Tensor, alpha: float, epsilon: float = 1e-6) -> Tensor:
     r"""Probability of drawing each image, :math:`P_i \propto (|\delta_i| + \epsilon)^\alpha`.
@@ -41,8 +43,7 @@ def importance_weights(
     Source:
         Schaul et al. 2016, https://arxiv.org/abs/1511.05952, section 3.4; SSD-KD, equation 5.
     """
-    if normalize not in ("mean", "max", "none"):
-        raise ValueError(f'Expected normalize "mean", "max" or "none", got {normalize!r}.')
+    check_one_of(normalize, ("mean", "max", "none"), "normalize")
     weights = (count * probabilities) ** -beta
     if normalize == "mean":
         return weights / weights.mean()

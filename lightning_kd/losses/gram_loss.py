@@ -16,6 +16,7 @@ from lightning_kd.functional import (
 )
 from lightning_kd.losses.base import LayerLoss
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.float32_state import Float32State
 
 Metric = Literal["similarity_preserving", "log_euclidean"]
@@ -59,10 +60,7 @@ class GramLoss(Float32State, LayerLoss):
         weight: float = 1.0,
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight)
-        if metric not in ("similarity_preserving", "log_euclidean"):
-            raise ValueError(
-                f'Expected metric "similarity_preserving" or "log_euclidean", got {metric!r}.'
-            )
+        check_one_of(metric, ("similarity_preserving", "log_euclidean"), "metric")
         self.metric, self.epsilon = metric, epsilon
         self.learn_weights, self.learning_rate = learn_weights, learning_rate
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_kd.functional import full_precision, global_average_pool, kl_divergence
 from lightning_kd.losses.base import LayerLoss
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
-from lightning_kd.utils.checks import check_positive
+from lightning_kd.utils.checks import check_one_of, check_positive
 
 
 class GraphDistillation(LayerLoss):
@@ -62,10 +62,8 @@ class GraphDistillation(LayerLoss):
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight)
         check_positive(temperature, "temperature")
-        if edges not in ("sample", "vertex"):
-            raise ValueError(f'Expected edges "sample" or "vertex", got {edges!r}.')
-        if distance not in ("cosine", "mmd"):
-            raise ValueError(f'Expected distance "cosine" or "mmd", got {distance!r}.')
+        check_one_of(edges, ("sample", "vertex"), "edges")
+        check_one_of(distance, ("cosine", "mmd"), "distance")
         self.edges, self.distance, self.temperature = edges, distance, temperature
         self.logit_weight, self.feature_weight = logit_weight, feature_weight
         self.self_edge = self_edge

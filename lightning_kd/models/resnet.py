@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.utils.checks import check_positive
+from lightning_kd.utils.checks import check_one_of, check_positive
 
 Shortcut = Literal["pad", "projection"]
 
@@ -99,8 +99,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"Expected depth 6 n + 2 (8, 14, 20, 32, ...), got {depth}.")
         check_positive(width, "width")
         check_positive(stem_stride, "stem_stride")
-        if shortcut not in ("pad", "projection"):
-            raise ValueError(f'Expected shortcut "pad" or "projection", got {shortcut!r}.')
+        check_one_of(shortcut, ("pad", "projection"), "shortcut")
         self.init_args = {  # for rebuilding it from an export
             "depth": depth,
             "num_classes": num_classes,

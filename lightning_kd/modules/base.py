@@ -16,13 +16,11 @@ from lightning_kd.modules.example_input import example_input, plain_defaults, tr
 from lightning_kd.modules.loss_tracker import LossTracker
 from lightning_kd.modules.metric_logging import collect, log_metrics, update_own
 from lightning_kd.modules.options import plain_options
-from lightning_kd.modules.release import ReleaseTeachers
+from lightning_kd.modules.release import release_teachers
 from lightning_kd.modules.rng import rng_state, set_rng_state
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherCache, TeacherEnsemble
 from lightning_kd.utils.checks import check_one_of
-
-Scheduler = torch.optim.lr_scheduler.LRScheduler | ReduceLROnPlateau
 
 
 class Distiller(LightningModule):
@@ -75,6 +73,7 @@ class Distiller(LightningModule):
         self._own_metrics = dict(metrics or {})
         self._ready = False  # whether a dry run was made
         self._rng: list[dict[str, Any]] | None = None
+        self._last_scores: list[float] = []
 
     # ------------------------------------------------------------------ what a subclass overrides
 
@@ -121,9 +120,8 @@ class Distiller(LightningModule):
         return self.distillation.output(x).logits
 
     def _scores(self) -> list[float]:
-        if self._trainer is None:
-            return []
-        return self.distillation.scores(self.trainer.callback_metrics)
+        logged = {} if self._trainer is None else self.trainer.callback_metrics
+        return self.distillation.scores(logged) or self._last_scores
 
     # ------------------------------------------------------------------ steps
 
@@ -182,7 +180,7 @@ class Distiller(LightningModule):
         optimizer = self._make_optimizer(parameters)
         if self._scheduler is None:
             return optimizer
-        scheduler: Scheduler = self._scheduler(optimizer)
+        scheduler = self._scheduler(optimizer)
         plateau = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
         config = {"scheduler": scheduler, "interval": self._scheduler_interval, **plateau}
         return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
@@ -208,7 +206,7 @@ class Distiller(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Give the teachers back where a run breaks off, too."""
-        return [ReleaseTeachers(self.teachers)]
+        return release_teachers(self.trainer)
 
     def teardown(self, stage: str) -> None:
         """Give the teachers back as they were."""
@@ -241,7 +239,7 @@ class Distiller(LightningModule):
             with torch.no_grad():
                 images = [x.to(self.device) for x in training_images(self, self.unpack)]
                 self.distillation.calibrate(images)
-        for metrics in self.metrics.values():
+        for metrics in self.metrics.values():  # states of a validation are inference tensors
             assert isinstance(metrics, MetricCollection)
             metrics.reset()
 
@@ -275,6 +273,10 @@ class Distiller(LightningModule):
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.distillation.after_validation()
 
+    def on_validation_end(self) -> None:
+        """Remember the scores, which a test clears."""
+        self._last_scores = self._scores()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
         self.loss_tracker.raise_if_not_finite(self)
@@ -290,11 +292,8 @@ class Distiller(LightningModule):
         if not self._ready and checkpoint.get("input_shape"):
             self._build(self._like_input(torch.zeros(1, *checkpoint["input_shape"])))
         self._rng = checkpoint.get("rng")
+        self._last_scores = checkpoint.get("scores", [])
 
     def _set_hparams(self, hp: Any) -> None:
-        """Keep the plain configuration under the command line, plain values in Python.
-
-        Live objects would be pickled into the checkpoint, which then no longer loads with
-        ``weights_only``.
-        """
+        """Keep plain values: with live objects a checkpoint does not load with ``weights_only``."""
         super()._set_hparams(hp if "_instantiator" in hp else plain_options(hp))

@@ -19,7 +19,7 @@ from lightning_kd.losses import DistillationLoss
 from lightning_kd.modules import manual_steps
 from lightning_kd.modules.base import Distiller
 from lightning_kd.outputs import NetworkOutput
-from lightning_kd.utils.checks import check_positive
+from lightning_kd.utils.checks import check_one_of, check_positive
 from lightning_kd.utils.seeds import mixed_seed, seeded
 
 
@@ -101,8 +101,7 @@ class DataFree(Distiller):
                 raise ValueError(f"Expected {name} >= 1, got {value}.")
         if views is not None and (views < 1 or not (crop_padding or flip)):
             raise ValueError(f"Expected views >= 1, with crop_padding or flip, got {views}.")
-        if distance not in ("kl", "l1", "mse"):
-            raise ValueError(f'Expected distance "kl", "l1" or "mse", got {distance!r}.')
+        check_one_of(distance, ("kl", "l1", "mse"), "distance")
         if reset_rounds and isinstance(generator, BaseGenerator) and not generator.can_reset:
             raise ValueError(
                 f"Expected no reset_rounds with this {type(generator).__name__}, which has no "

@@ -12,6 +12,7 @@ from lightning_kd.modules.base import Distiller
 from lightning_kd.modules.manual_steps import refuse_own_losses, step, step_schedules
 from lightning_kd.modules.updates import alternating_update, game_optimizers, sequential_update
 from lightning_kd.peers import Peers
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.weighting import Weighting
 
 Update = Literal["simultaneous", "sequential", "alternating"]
@@ -92,10 +93,7 @@ class PeerCohort(Distiller):
 
     def _refuse(self, update: str, batched: bool) -> None:
         exchange, branching = self.exchange, self.peers.branching
-        if update not in ("simultaneous", "sequential", "alternating"):
-            raise ValueError(
-                f'Expected update "simultaneous", "sequential" or "alternating", got {update!r}.'
-            )
+        check_one_of(update, ("simultaneous", "sequential", "alternating"), "update")
         if exchange.plays_a_game != (update == "alternating"):
             raise ValueError(
                 f'Expected update="alternating" with an exchange that plays a game, such as '

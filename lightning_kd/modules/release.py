@@ -9,11 +9,16 @@ from lightning_kd.teachers import TeacherEnsemble
 class ReleaseTeachers(Callback):
     """Give teachers back where a run breaks off: Lightning tells callbacks alone."""
 
-    def __init__(self, teachers: TeacherEnsemble) -> None:
-        self.teachers = teachers
-
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.teachers.release()
+        teachers = getattr(pl_module, "teachers", None)
+        if isinstance(teachers, TeacherEnsemble):
+            teachers.release()
+
+
+def release_teachers(trainer: Trainer) -> list[Callback]:
+    """``ReleaseTeachers`` for a Trainer that has none yet."""
+    there = any(isinstance(callback, ReleaseTeachers) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [] if there else [ReleaseTeachers()]

@@ -12,6 +12,7 @@ from lightning_kd.features.paths import Branches, Paths
 from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.seeds import seeded
 
 
@@ -55,8 +56,7 @@ class StochasticDepth(SubTeachers):
         super().__init__(count, seed)
         if not 0 < survival <= 1:
             raise ValueError(f"Expected survival in (0, 1], got {survival}.")
-        if decay not in ("linear", "constant"):
-            raise ValueError(f'Expected decay "linear" or "constant", got {decay!r}.')
+        check_one_of(decay, ("linear", "constant"), "decay")
         self.survival, self.decay, self.blocks = survival, decay, blocks
         self._paths: Paths | None = None
         self._layers: dict[str, nn.Module] = {}

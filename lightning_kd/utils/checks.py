@@ -31,7 +31,8 @@ def check_positive(value: float, name: str) -> None:
 def check_one_of(value: Any, allowed: Sequence[str], name: str) -> None:
     """Raise ``ValueError`` unless ``value`` is one of these."""
     if value not in allowed:
-        listed = " or ".join(f'"{each}"' for each in allowed)
+        *first, last = [f'"{each}"' for each in allowed]
+        listed = f"{', '.join(first)} or {last}"
         raise ValueError(f"Expected {name} {listed}, got {value!r}.")
 
 

@@ -17,6 +17,7 @@ from lightning_kd.functional import (
     renyi,
 )
 from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.weighting.base import Space, Weighting
 
 MOST_SAMPLES = 512  # the discrepancy compares all pairs
@@ -81,10 +82,7 @@ class DomainSimilarity(Weighting):
         space: Space = "probability",
     ) -> None:
         super().__init__(space)
-        if divergence not in ("jensen_shannon", "renyi", "mmd"):
-            raise ValueError(
-                f'Expected divergence "jensen_shannon", "renyi" or "mmd", got {divergence!r}.'
-            )
+        check_one_of(divergence, ("jensen_shannon", "renyi", "mmd"), "divergence")
         for path in domain_files:
             if not Path(path).is_file():
                 raise FileNotFoundError(

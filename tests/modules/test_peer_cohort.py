@@ -25,7 +25,7 @@ from lightning_kd.modules import PeerCohort
 from lightning_kd.peers import frozen_statistics
 from lightning_kd.schedules import Linear
 from lightning_kd.weighting import LearnedGate, SelfPaced
-from tests.conftest import state_of
+from tests.conftest import assert_same_state, state_of
 
 EXCHANGES = {
     "adversarial": lambda: Adversarial("relu", learning_rate=1e-3),
@@ -428,3 +428,27 @@ def test_cohort_with_teachers_trains_and_resumes(tiny, make_trainer, digits, tmp
     assert state[
         "distillation.teacher_distillations.1.weighting.gate.weight"
     ].any()  # it begins with zeros
+
+
+def test_the_best_peer_outlasts_a_test_and_a_checkpoint(build, make_trainer, digits, tmp_path):
+    """``trainer.test`` clears the metrics of the last validation; so does a fresh process."""
+    module = build(exchange="mutual", count=3, dropout=0.0)
+    trainer = make_trainer(max_epochs=1)
+    with torch.no_grad():
+        for peer in module.peers.networks[1:]:  # the first alone has learnt anything
+            peer.linear.weight.zero_()
+            peer.linear.bias.zero_()
+            peer.requires_grad_(False)
+    trainer.fit(module, datamodule=digits())
+    logged = trainer.callback_metrics
+    scores = [float(logged[f"val/peer_{k}/accuracy"]) for k in range(3)]
+    assert scores[0] > max(scores[1:])
+    trainer.test(module, datamodule=digits(), verbose=False)
+    assert "val/peer_0/accuracy" not in trainer.callback_metrics
+    assert_same_state(state_of(module.student), state_of(module.peers.network(0)))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = build(exchange="mutual", count=3, dropout=0.0, seed=2)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    other.on_load_checkpoint(saved)
+    other.load_state_dict(saved["state_dict"])
+    assert_same_state(state_of(other.student), state_of(module.student))

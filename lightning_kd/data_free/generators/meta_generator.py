@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_kd.data_free.generators.generator import Generator
 from lightning_kd.distributed import average_gradients
+from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.seeds import drawn_globally
 
 
@@ -40,8 +41,7 @@ class MetaGenerator(Generator):
         meta: Literal["fomaml", "reptile", "none"] = "fomaml",
     ) -> None:
         super().__init__(network, learning_rate)
-        if meta not in ("fomaml", "reptile", "none"):
-            raise ValueError(f'Expected meta "fomaml", "reptile" or "none", got {meta!r}.')
+        check_one_of(meta, ("fomaml", "reptile", "none"), "meta")
         self.latent_rate, self.meta, self.needs_replay = latent_rate, meta, meta == "none"
         self._twin: tuple[nn.Module, ...] = ()  # a tuple, so that it is not saved
         self._steps = 0

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_kd.data_free.image_losses.base import ImageLoss, ImageLossInputs
 from lightning_kd.functional import jensen_shannon_of_logits, kl_divergence, logit_l1
+from lightning_kd.utils.checks import check_one_of
 
 
 class Adversarial(ImageLoss):
@@ -36,8 +37,7 @@ class Adversarial(ImageLoss):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        if distance not in ("kl", "l1", "js"):
-            raise ValueError(f'Expected distance "kl", "l1" or "js", got {distance!r}.')
+        check_one_of(distance, ("kl", "l1", "js"), "distance")
         if temperature <= 0:
             raise ValueError(f"Expected temperature > 0, got {temperature}.")
         self.distance, self.masked, self.temperature = distance, masked, temperature

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.functional import importance_weights, priority_probabilities
+from lightning_kd.utils.checks import check_one_of
 
 
 class Sampler(ABC):
@@ -81,8 +82,7 @@ class Prioritized(Sampler):
             raise ValueError(
                 f"Expected alpha * beta < 1, where priorities settle, got {alpha} * {beta}."
             )
-        if normalize not in ("mean", "max", "none"):
-            raise ValueError(f'Expected normalize "mean", "max" or "none", got {normalize!r}.')
+        check_one_of(normalize, ("mean", "max", "none"), "normalize")
         self.alpha, self.beta, self.epsilon, self.normalize = alpha, beta, epsilon, normalize
 
     def __call__(
