@@ -82,6 +82,10 @@ def __getattr__(name: str) -> Any:
     try:  # lightning_kd.losses works without importing it first
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
+        if (
+            error.name != f"{__name__}.{name}"
+        ):  # a room is there, but something that it needs is not
+            raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from typing_extensions import override
 from lightning_kd.atomic_files import write_atomically
 from lightning_kd.base_distillation import cut_prefix
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
+from lightning_kd.models.pretrained import normalisation
+from lightning_kd.models.weight_files import stored_tensors
 from lightning_kd.modules import Distiller
 
 
@@ -136,10 +139,13 @@ def best_state(trainer: Trainer, module: Distiller) -> tuple[dict[str, Tensor], 
 
 def network_spec(config: Any, network: nn.Module) -> dict[str, Any]:
     """How a network is built: ``class_path`` and ``init_args``, null if unknown."""
-    if config is not None:  # from the command line
-        arguments = _plain(config.get("init_args") or {})
-        return {"class_path": config["class_path"], "init_args": arguments}
-    return _spec_of(network)
+    if config is None:
+        return _spec_of(network)
+    try:
+        spec: dict[str, Any] = _plain(config)
+    except (OSError, ValueError, KeyError):  # a file that it began from is gone
+        return {"class_path": None, "init_args": None}
+    return spec
 
 
 def _spec_of(network: nn.Module) -> dict[str, Any]:
@@ -153,12 +159,36 @@ def _spec_of(network: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Namespaces and paths of a parsed configuration as JSON can write them."""
-    if hasattr(value, "items"):
-        return {k: _plain(v) for k, v in value.items()}
+    """A parsed configuration as JSON can write it, which needs no other file."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if not hasattr(value, "items"):
+        return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if value.get("class_path") is None:
+        return {k: _plain(v) for k, v in value.items()}
+    # dict_kwargs are what a function takes by **kwargs
+    given = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
+    if value["class_path"] == "lightning_kd.models.pretrained":
+        return _of_pretrained(given)
+    return {
+        "class_path": value["class_path"],
+        "init_args": {k: _plain(v) for k, v in given.items()},
+    }
+
+
+def _of_pretrained(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of a file of weights, without that file."""
+    path = Path(options["checkpoint"]).expanduser()
+    if options.get("network") is not None:
+        spec: dict[str, Any] = _plain(options["network"])
+    else:
+        beside = json.loads(path.with_suffix(".json").read_bytes())
+        spec = {key: beside[key] for key in ("class_path", "init_args")}
+    with stored_tensors(path) as (_, metadata):
+        mean, std = normalisation(metadata, options.get("mean"), options.get("std"))
+    if mean is not None and spec["class_path"] != (wrapper := "lightning_kd.models.Normalized"):
+        spec = {"class_path": wrapper, "init_args": {"network": spec, "mean": mean, "std": std}}
+    return spec
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

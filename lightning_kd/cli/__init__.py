@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -29,7 +30,7 @@ import lightning_kd.callbacks
 import lightning_kd.losses
 import lightning_kd.models
 import lightning_kd.weighting  # noqa: F401
-from lightning_kd.atomic_files import UNREADABLE, refuse_unwritable, unreadable
+from lightning_kd.atomic_files import refuse_unwritable
 from lightning_kd.callbacks import KeepFreedMemory, SaveOnSigterm
 from lightning_kd.callbacks.files import refuse_to_overwrite, run_folder
 from lightning_kd.cli.fill import fill_in, keep_checkpoints_together
@@ -37,7 +38,9 @@ from lightning_kd.cli.generations import generations
 from lightning_kd.cli.help import Parser
 from lightning_kd.cli.overrides import drop_leaked
 from lightning_kd.modules import Distiller
-from lightning_kd.modules.checkpoint_io import DurableCheckpointIO
+from lightning_kd.modules.checkpoint_io import DurableCheckpointIO, read_options
+from lightning_kd.utils.bounded import bounded_by_memory
+from lightning_kd.utils.trust import check_options
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -64,6 +67,7 @@ class DistillationCLI(LightningCLI):
     """LightningCLI that fills in the data's classes and channels, and avoids jsonargparse traps."""
 
     given_args: list[str]
+    from_checkpoint = False  # whether options came out of one
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--overwrite``."""
@@ -101,6 +105,11 @@ class DistillationCLI(LightningCLI):
         keep_checkpoints_together(config.trainer)
         self.save_config_kwargs["overwrite"] = bool(config.get("overwrite"))
 
+    def instantiate_classes(self) -> None:
+        """Build all parts; what a checkpoint names may not fill the memory."""
+        with bounded_by_memory() if self.from_checkpoint else contextlib.nullcontext():
+            super().instantiate_classes()
+
     def before_fit(self) -> None:
         """Pass ``--overwrite`` on to the callbacks, and check that results can be written."""
         root = str(self.trainer.default_root_dir)
@@ -127,11 +136,12 @@ class DistillationCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         self._refuse_missing(self.config[subcommand].get("ckpt_path") if subcommand else None)
         requested = self.config.clone()
-        try:
-            super()._parse_ckpt_path()
-        except UNREADABLE as error:
-            path = Path(self.config[subcommand].ckpt_path)
-            raise ValueError(unreadable(path, error)) from error
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and Path(path).is_file():
+            own = {v for _, v in flatten(self.config[subcommand]) if isinstance(v, str)}
+            check_options(read_options(path), own=own)
+            self.from_checkpoint = True
+        super()._parse_ckpt_path()
         if not subcommand:
             return
         before, after = requested[subcommand].get("model"), self.config[subcommand].get("model")

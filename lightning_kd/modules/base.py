@@ -5,19 +5,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_kd.base_distillation import BaseDistillation, total_loss
 from lightning_kd.distributed import gather_objects
+from lightning_kd.modules.checkpoint_io import load_checked
 from lightning_kd.modules.example_input import example_input, plain_defaults, training_images
 from lightning_kd.modules.loss_tracker import LossTracker
 from lightning_kd.modules.metric_logging import collect, log_metrics, update_own
-from lightning_kd.modules.options import plain_options
+from lightning_kd.modules.optimizers import make_optimizer
+from lightning_kd.modules.options import keep_options, plain_options
 from lightning_kd.modules.release import release_teachers
 from lightning_kd.modules.rng import rng_state, set_rng_state
+from lightning_kd.modules.unpack import unpack_pair
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import TeacherCache, TeacherEnsemble
 from lightning_kd.utils.checks import check_one_of
@@ -79,12 +82,7 @@ class Distiller(LightningModule):
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Read images (B, C, H, W) and labels (B,) out of a batch; None: there are no labels."""
-        if isinstance(batch, Tensor):
-            return batch, None
-        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
-            return batch[0], batch[1] if len(batch) == 2 else None
-        got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
-        raise TypeError(f"Expected batches of (images, labels), got {got}: override unpack(batch).")
+        return unpack_pair(batch)
 
     def compute_losses(self, x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Weighted losses of a batch by name, each a scalar; their sum is minimised."""
@@ -173,22 +171,8 @@ class Distiller(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the parts that are trained; never a teacher."""
-        modules = self.trainable_modules()
-        parameters = [p for part in modules for p in part.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("Expected a network with parameters to train, got none.")
-        optimizer = self._make_optimizer(parameters)
-        if self._scheduler is None:
-            return optimizer
-        scheduler = self._scheduler(optimizer)
-        plateau = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-        config = {"scheduler": scheduler, "interval": self._scheduler_interval, **plateau}
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
-
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self._optimizer is None:
-            return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
-        return self._optimizer(parameters)
+        schedule = self._scheduler, self._scheduler_interval
+        return make_optimizer(self.trainable_modules(), self._optimizer, *schedule)
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -277,12 +261,28 @@ class Distiller(LightningModule):
         """Remember the scores, which a test clears."""
         self._last_scores = self._scores()
 
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, *arguments: Any, trust: Sequence[str] = (), **options: Any
+    ) -> Any:
+        """Lightning's own, for a file that somebody else may have made: it runs no code.
+
+        Args:
+            checkpoint_path: The file.
+            arguments: As Lightning has them.
+            trust: Packages whose classes the file may name, besides ``TRUSTED_OPTIONS``.
+            options: As Lightning has them; those of ``__init__`` replace the file's own.
+
+        Raises:
+            ValueError: If the file is damaged, needs pickle, or names other code.
+        """
+        load = super().load_from_checkpoint
+        return load_checked(load, checkpoint_path, *arguments, trust=trust, **options)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the input's shape (for adapters) and the random state; refuse a broken state."""
         self.loss_tracker.raise_if_not_finite(self)
-        options = checkpoint.get("hyper_parameters", {})
-        for name in set(options) - self._arguments:  # a user's own, which __init__ does not take
-            del options[name]
+        keep_options(checkpoint.get("hyper_parameters", {}), self._arguments)
         checkpoint["input_shape"] = self.distillation.input_shape
         checkpoint["rng"] = gather_objects(rng_state())
         checkpoint["scores"] = self._scores()
