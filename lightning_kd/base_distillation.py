@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,22 @@ class BaseDistillation(nn.Module, ABC):
                 )
         losses, output = self.losses_and_output(x, target)
         return {"loss": total_loss(losses), **losses, "output": output.logits}
+
+    def after_step(self) -> None:
+        """Let parts that follow the students see them.
+
+        Call it after each optimizer step of a loop of your own: exchanges whose teachers are
+        snapshots or averages of the peers (``Codistillation``, ``PeerCollaborative``) need it.
+        """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaseDistillation:
+        """Find layers in the copy's own networks."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if twin.built:
+            twin.attach()
+        return twin
 
     # ------------------------------------------------------------------ what is kept and measured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from lightning_kd.base_distillation import BaseDistillation, cut_prefix
 from lightning_kd.distillation import Distillation, Losses
 from lightning_kd.exchange import Exchange, Mutual
 from lightning_kd.features import dry_run
-from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
+from lightning_kd.losses import SoftTarget, losses_by_name
+from lightning_kd.losses.base import losses_of, refuse_losses
 from lightning_kd.metrics import cohort_metrics, update_cohort_metrics
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.peers import Peers
@@ -74,12 +76,8 @@ class Cohort(BaseDistillation):
                 f"Expected at least two peers (or one MultiBranch), got {len(self.peers)}."
             )
         named = losses_by_name([SoftTarget(temperature=1.0)] if losses is None else losses)
-        for loss in named.values():
-            if type(loss).attach is not DistillationLoss.attach:
-                raise ValueError(
-                    f"Expected losses that compare outputs, got {type(loss).__name__}, which uses "
-                    f"a teacher's layers: peers are being trained. Give it in teacher_losses."
-                )
+        outputs = "losses that compare outputs of peers (others: in teacher_losses)"
+        refuse_losses(named.values(), operator.attrgetter("uses_networks"), outputs)
         self.losses = nn.ModuleList(nn.ModuleDict(copy.deepcopy(named)) for _ in self.names)
         if not teachers and (teacher_losses or weighting):
             raise ValueError("Expected teachers with teacher_losses or weighting, got none.")
@@ -87,16 +85,14 @@ class Cohort(BaseDistillation):
         given = losses_by_name(
             [SoftTarget(temperature=4.0)] if teacher_losses is None else teacher_losses
         )
-        inside = [type(loss).__name__ for loss in given.values() if loss.changes_student]
-        if inside and (self.peers.branching or batched):
-            raise ValueError(
-                f"Expected peers that run apart, not as branches or batched, with {inside}."
-            )
+        if self.peers.branching or batched:
+            apart = "peers that run apart, not as branches or batched, with losses inside networks"
+            which = "uses_networks" if self.peers.branching else "changes_student"
+            refuse_losses(given.values(), operator.attrgetter(which), apart)
         self.teachers = TeacherEnsemble(teachers or [])
         self.teachers.refuse_weights_of(self.peers.networks)
-        parts = (given, weighting)
         self.teacher_distillations = nn.ModuleList(  # what each peer learns from trained teachers
-            Distillation(None, self.teachers, *copy.deepcopy(parts), self.task)
+            Distillation(None, self.teachers, *copy.deepcopy((given, weighting)), self.task)
             for _ in (self.names if teachers else ())
         )
         self.update = "simultaneous"  # how peers step, as ``PeerCohort`` has it
@@ -172,7 +168,7 @@ class Cohort(BaseDistillation):
         if target is not None and self.task_weight:
             losses["task"] = self.task_weight * self.task.mean_loss(peer, target)
         hard = self.task.hard_target(target)
-        for name, loss in self.losses_of(k).items():
+        for name, loss in losses_of(self.losses[k]).items():
             value = 0.0 * peer.logits.float().sum()
             if taught is not None:
                 value = loss.weight * loss(peer, taught, hard)
@@ -195,40 +191,43 @@ class Cohort(BaseDistillation):
         distillations = self.distillations()
         layers = [*self.exchange.layers()]
         layers += [name for each in distillations[:1] for name in each.student_layers()]
-        for loss in self.losses_of(0).values():
+        own = losses_of(self.losses[0])
+        for loss in own.values():
             layers += loss.student_layers()
             layers += [n for k in range(len(self.peers)) for n in loss.teacher_layers(k)]
         self.peers.record_layers(list(dict.fromkeys(layers)))
         peers = dry_run("a peer", self.peers, self._same_input, x)
-        named = {f"peer {k}": peer for k, peer in enumerate(peers)}
-        self.task.check(named, num_classes=num_classes)
+        self.task.check({f"peer {k}": p for k, p in enumerate(peers)}, num_classes=num_classes)
         self.exchange.attach(self.peers)
         self.exchange.build(peers)
+        if not self.exchange.teaches_features:
+            logits = f"losses on logits with {type(self.exchange).__name__}"
+            refuse_losses(own.values(), lambda loss: loss.teacher_layers(0), logits)
         for k, peer in enumerate(peers):
-            for loss in self.losses_of(k).values():
+            for loss in losses_of(self.losses[k]).values():
                 loss.build(peer, peers)
+                loss._sized = True
         if distillations:
             teachers = self.teachers.build(distillations[0].teacher_layers, x)
             self.task.check({"a peer": peers[0]}, teachers)
             for distillation, peer in zip(distillations, peers, strict=True):
                 distillation.build_parts(peer, teachers)
-        self.losses.to(x.device)
-        self.exchange.to(x.device)
+        self.losses.to(peers[0].logits)
+        self.exchange.to(peers[0].logits)
         self.input_shape, self._example = tuple(x.shape[1:]), peers[0]
         self.attach()
 
     def attach(self) -> None:
         """Find layers again, where some were replaced."""
         self.peers.hook()
+        self.exchange.attach(self.peers)
         if not self.peers.branching:
             for distillation, peer in zip(self.distillations(), self.peers.networks, strict=False):
                 distillation.attach(peer)
 
-    def losses_of(self, k: int) -> dict[str, DistillationLoss]:
-        """Losses of one peer by name."""
-        losses = self.losses[k]
-        assert isinstance(losses, nn.ModuleDict)
-        return {n: loss for n, loss in losses.items() if isinstance(loss, DistillationLoss)}
+    def after_step(self) -> None:
+        """Let the exchange see the peers after a step; see ``BaseDistillation.after_step``."""
+        self.exchange.after_step(self.peers)
 
     def distillations(self) -> list[Distillation]:
         """What each peer learns from trained teachers; empty without them."""
@@ -283,6 +282,7 @@ class Cohort(BaseDistillation):
         """Metrics of the ensemble, the watched one of each peer, agreement of each pair."""
         return cohort_metrics(self.task, self._example, self.names)
 
+    @torch.no_grad()
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
 from lightning_kd.features import Tap, dry_run
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
-from lightning_kd.losses.base import refuse_unknown_classes
+from lightning_kd.losses.base import losses_of, refuse_unknown_classes
 from lightning_kd.metrics import student_metrics, update_student_metrics
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.tasks import Classification, Task
@@ -109,7 +109,11 @@ class Distillation(BaseDistillation):
                 need_logits = any(part.reads_logits for part in self._parts())
                 teachers = self.teacher_outputs(x, indices, need_logits)
             self.before_student(teachers, indices)
-        student = self.student_output(x)
+        try:
+            student = self.student_output(x)
+        finally:
+            for loss in losses_of(self.losses).values():
+                loss.after_student()
         losses = {}
         if target is not None and self.task_weight:
             losses["task"] = self.task_weight * self.task.mean_loss(student, target)
@@ -118,7 +122,7 @@ class Distillation(BaseDistillation):
         if len(indices) < len(self.teachers) and self.losses:
             # DDP and optimizers see every adapter each step, whichever teachers ran
             rest = [p.sum() for p in self.losses.parameters() if p.requires_grad]
-            rest.append(student.logits.float().sum())
+            rest += [student.logits.float().sum()]
             first = next(iter(self.losses))
             losses[first] = losses.get(first, 0.0) + 0.0 * torch.stack(rest).sum()
         return losses, student
@@ -145,7 +149,7 @@ class Distillation(BaseDistillation):
 
     def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
         """Pass outputs of the teachers of these indices to losses before the student runs."""
-        for loss in self._losses():
+        for loss in losses_of(self.losses).values():
             loss.before_student(teachers, indices)
 
     def distillation_losses(
@@ -170,11 +174,10 @@ class Distillation(BaseDistillation):
         losses: dict[str, Tensor] = {}
         if trust.requires_grad:  # not every loss uses it, and DDP wants a gradient
             losses["gate"] = 0.0 * trust.sum()
-        for name, loss in zip(self.losses, self._losses(), strict=True):
+        for name, loss in losses_of(self.losses).items():
             losses[name] = loss.weight * self.weighting.strength * loss(student, outputs, target)
         gate = self.weighting.loss(outputs, target)
-        if gate is not None:
-            losses["gate"] = gate
+        losses |= {} if gate is None else {"gate": gate}
         self._trust = (indices, trust.detach())
         return losses
 
@@ -184,7 +187,7 @@ class Distillation(BaseDistillation):
         if found is None or not self.weighting.varies:
             return {}
         indices, trust = found
-        shares = (trust.mean(1) if trust.dim() == 2 else trust).unbind()
+        shares = trust.mean(1) if trust.dim() == 2 else trust
         logged = {f"trust_{m}": trust.new_zeros(()) for m in range(len(self.teachers))}
         return logged | {f"trust_{m}": w for m, w in zip(indices, shares, strict=True)}
 
@@ -201,14 +204,14 @@ class Distillation(BaseDistillation):
         student = dry_run("the student", self.student, tap, x)
         teachers = self.teachers.build(self.teacher_layers, x)
         self.task.check({"the student": student}, teachers, num_classes)
-        refuse_unknown_classes(self._losses(), teachers)
-        self.weighting.active(len(self.teachers))  # reports a wrong number of weights
         self.build_parts(student, teachers)
         self.example, self.input_shape, self._tap = student, tuple(x.shape[1:]), tap
         self.attach()
 
     def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
-        """Size losses and weighting by outputs of a dry run."""
+        """Size losses and weighting by outputs of a dry run, after a look at the teachers."""
+        refuse_unknown_classes(losses_of(self.losses).values(), teachers)
+        self.weighting.active(len(self.teachers))  # reports a wrong number of weights
         for part in self._parts():
             part.build(student, teachers)
             part.to(student.logits)
@@ -228,21 +231,18 @@ class Distillation(BaseDistillation):
             self._tap.hook()
         student = student or self.student
         if student is not None:
-            for loss in self._losses():
+            for loss in losses_of(self.losses).values():
                 loss.attach(student, self.teachers.networks())
 
-    def _losses(self) -> list[DistillationLoss]:
-        return [loss for loss in self.losses.values() if isinstance(loss, DistillationLoss)]
-
     def _parts(self) -> list[DistillationLoss | Weighting]:
-        return [*self._losses(), self.weighting]
+        return [*losses_of(self.losses).values(), self.weighting]
 
     # ------------------------------------------------------------------ what is kept and measured
 
     def trainable_modules(self) -> list[nn.Module]:
         """Student, adapters and gates."""
-        parts = [self.student, self.losses, self.weighting]
-        return [part for part in parts if part is not None]
+        student = [] if self.student is None else [self.student]
+        return [*student, self.losses, self.weighting]
 
     def exported_networks(self) -> dict[str, nn.Module]:
         """The student."""
@@ -273,13 +273,13 @@ class Distillation(BaseDistillation):
         """Metrics of the student; with teachers, the watched one of theirs and the agreement."""
         return student_metrics(self.task, self.example, len(self.teachers))
 
+    @torch.no_grad()
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
         """Measure the student, its teachers and their agreement."""
         student, ensemble = self.student_output(x), None
-        teachers = self.teacher_outputs(x) if len(self.teachers) else []
-        if teachers:
+        if teachers := self.teacher_outputs(x) if len(self.teachers) else []:
             indices = tuple(self.weighting.active(len(teachers)))
             asked = [teachers[m] for m in indices]
             # without labels: an ensemble that is weighed by the right answer measures nothing

@@ -14,6 +14,7 @@ from lightning_kd.distributed import gather_over_ranks
 from lightning_kd.features import Batched, Tap
 from lightning_kd.models import Branching
 from lightning_kd.outputs import NetworkOutput
+from lightning_kd.utils.memory import shared_memory
 
 
 @contextlib.contextmanager
@@ -50,14 +51,11 @@ class Peers(nn.Module):
         self._batch: Batched | None = None
         self.networks = nn.ModuleList(networks).train()  # not so if they are pretrained
         self.branching = len(networks) == 1 and isinstance(networks[0], Branching)
-        owners: dict[int, int] = {}
-        for index, network in enumerate(networks):
-            for p in network.parameters():
-                if owners.setdefault(p.data_ptr(), index) != index:
-                    raise ValueError(
-                        f"Expected peers to be separate networks, but peers "
-                        f"{owners[p.data_ptr()]} and {index} share weights: build each anew."
-                    )
+        if pair := shared_memory(networks):
+            raise ValueError(
+                f"Expected peers to be separate networks, but peers {pair[0]} and {pair[1]} share "
+                f"weights or running statistics: build each anew."
+            )
         #: the one peer that this process runs, where each process has its own; None: all of them
         self.own_index: int | None = None
         self._taps: list[Tap] = []

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_kd.cohort import Cohort
 from lightning_kd.distributed import gather_over_ranks, world_size
+from lightning_kd.losses.base import losses_of
 from lightning_kd.modules.checkpoint_io import last_checkpoint
 from lightning_kd.peers import Peers
 
@@ -185,7 +186,9 @@ def divide(cohort: Cohort, index: int | None, count: int = 1) -> None:
         ValueError: If this cohort cannot be divided this way.
     """
     if index is not None:
-        layers = [n for loss in cohort.losses_of(0).values() for n in loss.teacher_layers(0)]
+        layers = [
+            n for loss in losses_of(cohort.losses[0]).values() for n in loss.teacher_layers(0)
+        ]
         if cohort.update != "simultaneous" or not cohort.exchange.allows_sequential_update:
             what = f"update={cohort.update!r} and {type(cohort.exchange).__name__}"
         elif cohort.peers.branching:

@@ -55,10 +55,9 @@ class LeanTeachers(Callback):
                 f"{type(pl_module).__name__} with {why}: leave it out."
             )
         for part in pl_module.modules():
-            reaches = (
-                isinstance(part, DistillationLoss)
-                and type(part).attach is not DistillationLoss.attach
-            ) or (isinstance(part, Weighting) and part.wants_images)
+            reaches = (isinstance(part, DistillationLoss) and part.uses_networks) or (
+                isinstance(part, Weighting) and part.wants_images
+            )
             if reaches:
                 raise ValueError(
                     f"Expected losses and weightings that read outputs with {self._named}, got "

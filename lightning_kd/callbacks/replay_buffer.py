@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -58,7 +57,7 @@ class ReplayBuffer(Callback):
         self.capacity, self.sampler, self.evict = capacity, sampler or Uniform(), evict
         self.refresh = refresh
         self.memory: Memory | None = None
-        self._owner: Callable[[], Any] = lambda: None
+        self._owner: weakref.ref[Any] | None = None
         self._saved: dict[str, Any] | None = None
 
     def extend(self, images: Tensor, logits: Tensor, priorities: Tensor) -> None:
@@ -78,6 +77,13 @@ class ReplayBuffer(Callback):
         counts = sum_over_ranks(self._here.counts)
         return counts / counts.sum().clamp(min=1)
 
+    def _is_owner(self, module: LightningModule) -> bool:
+        return self._owner is not None and self._owner() is module
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled."""
+        return {**self.__dict__, "_owner": None}
+
     @property
     def _here(self) -> Memory:
         if self.memory is None:
@@ -93,13 +99,15 @@ class ReplayBuffer(Callback):
         assert isinstance(pl_module, Distiller)
         assert pl_module.num_classes is not None
         self._batch_size = int(getattr(pl_module, "batch_size", 256))
-        if self.memory is not None and self._saved is None and self._owner() is pl_module:
+        if self.memory is not None and self._saved is None and self._is_owner(pl_module):
             return  # a second fit continues with what the first made
         self._owner = weakref.ref(pl_module)  # another module's logits are another teacher's
         capacity = None if self.capacity is None else self.capacity // world_size()
         self.memory = Memory(
             capacity, self.sampler, self.evict, pl_module.num_classes, pl_module.device
         )
+        if trainer.ckpt_path is None:  # a checkpoint that was only validated gives weights alone
+            self._saved = None
         if self._saved is None:
             return
         sizes, rank = self._saved["sizes"], trainer.global_rank

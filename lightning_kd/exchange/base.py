@@ -19,6 +19,8 @@ class Exchange(nn.Module, ABC):
     allows_sequential_update = True
     #: whether ``adversarial_losses`` and ``discriminator_losses`` are minimised as well
     plays_a_game = False
+    #: whether what it teaches has the features of layers, which feature losses read
+    teaches_features = True
 
     def layers(self) -> Sequence[str]:
         """Layers of every peer whose outputs this exchange reads."""
@@ -36,7 +38,7 @@ class Exchange(nn.Module, ABC):
             )
 
     def attach(self, peers: nn.Module) -> None:
-        """Get hold of the networks themselves; called once, before ``build``.
+        """Get hold of the networks themselves; called before ``build``, and before each fit.
 
         Do not register them: they would be saved twice.
         """

@@ -41,6 +41,7 @@ class Codistillation(Shadowed):
 
     def before_peers(self, views: Sequence[Tensor]) -> None:
         """Run the snapshots."""
+        super().before_peers(views)
         self._shadow_outputs = [] if self.steps < self.burn_in else self.shadow(views)
 
     def forward(
@@ -55,7 +56,7 @@ class Codistillation(Shadowed):
 
     def after_step(self, peers: nn.Module) -> None:
         """Count the step, and refresh the snapshots when due."""
-        self.steps += 1
+        super().after_step(peers)
         self._shadow_outputs = []
         # the first teachers are the peers as of the end of the burn-in
         if self.steps == self.burn_in or self.steps % self.refresh_every == 0:

@@ -51,6 +51,7 @@ class Collective(Float32State, Exchange):
         super().__init__()
         check_one_of(method, ("naive", "linear", "min_logit", "general"), "method")
         self.method, self.ridge = method, ridge
+        self.teaches_features = method != "min_logit"
 
     def build(self, peers: Sequence[NetworkOutput]) -> None:
         """Start from equal shares."""

@@ -32,6 +32,7 @@ class Fusion(Exchange):
     """
 
     allows_sequential_update = False
+    teaches_features = False
 
     def __init__(self, layer: str, temperature: float = 3.0, weight: float = 1.0) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class PeerCollaborative(Shadowed):
     """
 
     allows_sequential_update = False
+    teaches_features = False
 
     def __init__(self, layer: str, decay: float = 0.999) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ class PeerCollaborative(Shadowed):
 
     def before_peers(self, views: Sequence[Tensor]) -> None:
         """Run the moving averages."""
+        super().before_peers(views)
         self._shadow_outputs = self.shadow(views)
 
     def forward(
@@ -87,7 +89,7 @@ class PeerCollaborative(Shadowed):
 
     def after_step(self, peers: nn.Module) -> None:
         """Update the averages: the true mean of the first steps, until the decay takes over."""
-        self.steps += 1
+        super().after_step(peers)
         decay = min(self.decay, 1 - 1 / (self.steps + 1))
         self.shadow.follow(peers, decay)
 

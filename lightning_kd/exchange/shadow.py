@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_kd.exchange.base import Exchange
 from lightning_kd.outputs import NetworkOutput
+
+PATIENCE = 100  # passes without a step, after which a loop seems to have forgotten them
 
 
 class Shadow(nn.Module):
@@ -52,12 +56,31 @@ class Shadowed(Exchange):
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
+        self._passes = 0
         self._shadow_outputs: list[NetworkOutput] = []
 
     def attach(self, peers: nn.Module) -> None:
-        """Make the shadow."""
+        """Make the shadow, or find its layers again where some were replaced."""
         if not hasattr(self, "shadow"):
             self.shadow = Shadow(peers)
+        hook = getattr(self.shadow.peers, "hook", None)
+        if hook is not None:
+            hook()
+
+    def before_peers(self, views: Sequence[Tensor]) -> None:
+        """Warn where the shadow is never moved."""
+        self._passes += self.training
+        if self._passes == PATIENCE:
+            warnings.warn(
+                f"{type(self).__name__} was run {PATIENCE} times, and its copies of the peers were "
+                f"never moved: call after_step() after each optimizer step.",
+                stacklevel=2,
+            )
+
+    def after_step(self, peers: nn.Module) -> None:
+        """Count the step."""
+        self.steps += 1
+        self._passes = -sys.maxsize  # nobody forgot
 
     def get_extra_state(self) -> dict[str, Any]:
         """Number of steps so far, for the checkpoint."""

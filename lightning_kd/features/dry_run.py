@@ -19,6 +19,12 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def in_precision_of(network: nn.Module, x: Tensor) -> Tensor:
+    """Floating-point images in the precision of a network's parameters."""
+    precision = next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(precision) if x.is_floating_point() else x
+
+
 Output = TypeVar("Output")
 
 
@@ -27,15 +33,18 @@ class OutputError(ValueError):
 
 
 def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: Tensor) -> Output:
-    """Run ``call(x)`` without gradient and with ``network`` temporarily in eval mode.
+    """Run ``call(x)`` without gradient or autocast, with ``network`` temporarily in eval mode.
+
+    Images are given in the network's own precision, so that what is sized by its outputs has it.
 
     Raises:
         ValueError: If the network cannot take these images, with the likely reason.
     """
     try:
-        with modes_kept(network), torch.no_grad():
+        autocast = torch.autocast(x.device.type, enabled=False)
+        with modes_kept(network), torch.no_grad(), autocast:
             network.eval()
-            return call(x)
+            return call(in_precision_of(network, x))
     except OutputError:  # already explains what to do
         raise
     except (RuntimeError, ValueError) as error:

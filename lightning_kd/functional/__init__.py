@@ -6,6 +6,7 @@ from lightning_kd.functional.contrastive import info_nce
 from lightning_kd.functional.cross_entropy import (
     hard_labels,
     is_labelled,
+    mean_over_positions,
     soft_cross_entropy,
     task_cross_entropy,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "logit_mse",
     "lowest_loss_weights",
     "maximum_mean_discrepancy",
+    "mean_over_positions",
     "min_logits",
     "min_norm_weights",
     "modulating_weights",

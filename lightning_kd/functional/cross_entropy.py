@@ -14,6 +14,14 @@ def is_labelled(target: Tensor) -> Tensor:
     return (target >= 0).flatten(1).any(1) if target.dim() > 1 else target >= 0
 
 
+def mean_over_positions(values: Tensor, target: Tensor) -> Tensor:
+    """Mean over the labelled positions of a sample, shape (B,), of values (B, ...), 0 elsewhere."""
+    if values.dim() == 1:
+        return values
+    known = (target >= 0).flatten(1).sum(1).clamp(min=1)
+    return values.flatten(1).sum(1) / known
+
+
 def hard_labels(target: Tensor | None) -> Tensor | None:
     """Labels (B, ...) as they are, soft labels (B, K, ...) by argmax; None stays None."""
     return target.argmax(1) if target is not None and target.is_floating_point() else target
@@ -65,10 +73,7 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
             f"{int(target.min())} to {int(target.max())}. Check the network's num_classes and "
             f"the labels of the data."
         ) from error
-    if loss.dim() == 1:
-        return loss
-    known = (target >= 0).flatten(1).sum(1).clamp(min=1)
-    return loss.flatten(1).sum(1) / known
+    return mean_over_positions(loss, target)
 
 
 @full_precision

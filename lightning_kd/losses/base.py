@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -53,12 +53,19 @@ class DistillationLoss(nn.Module, ABC):
         """Unweighted loss of one batch, a scalar; see ``forward``."""
         if not (isinstance(student, NetworkOutput) and isinstance(teachers, TeacherOutputs)):
             student, teachers = self._read(student, teachers)
+        if not self._sized:  # else Distillation has sized them
+            self._size(student, teachers)
         return super().__call__(student, teachers, target)
 
     @property
     def name(self) -> str:
         """Key of this loss in the log if the user gives none: the class name in snake case."""
         return snake_case(self)
+
+    @property
+    def uses_networks(self) -> bool:
+        """Whether ``attach`` gets hold of something in the networks themselves."""
+        return type(self).attach is not DistillationLoss.attach
 
     def student_layers(self) -> Sequence[str]:
         """Layers of the student whose outputs this loss reads."""
@@ -80,6 +87,9 @@ class DistillationLoss(nn.Module, ABC):
     def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
         """Receive the outputs of the teachers at these indices before the student runs."""
 
+    def after_student(self) -> None:
+        """Let go of them: the student has run, or failed to."""
+
     @abstractmethod
     def forward(
         self, student: NetworkOutput, teachers: TeacherOutputs, target: Tensor | None
@@ -100,7 +110,7 @@ class DistillationLoss(nn.Module, ABC):
     def _read(
         self, student: StudentLike, teachers: TeachersLike
     ) -> tuple[NetworkOutput, TeacherOutputs]:
-        """Student and teachers as ``forward`` takes them; adapters are sized at the first call."""
+        """Student and teachers as ``forward`` takes them."""
         if isinstance(student, Tensor):
             student = self._from_tensor(student, self.student_layers())
         if not isinstance(teachers, TeacherOutputs):
@@ -115,15 +125,24 @@ class DistillationLoss(nn.Module, ABC):
                     f"Expected one or more teachers as tensors or NetworkOutput, got {kinds}."
                 )
             teachers = TeacherOutputs.uniform([output.detach() for output in outputs])
-        if not self._sized:
-            with torch.inference_mode(False):
-                self.build(student, teachers.outputs)
-            self.to(student.logits).train(self.training)
-            self._sized = True
         return student, teachers
 
+    def _compared(self, student: NetworkOutput) -> Tensor:
+        return student.logits
+
+    def _size(self, student: NetworkOutput, teachers: TeacherOutputs) -> None:
+        """Make adapters at the first call: in float32 under autocast, whose outputs are not."""
+        read = self._compared(student)
+        device, precision = read.device, read.dtype
+        if torch.is_autocast_enabled(device.type):
+            precision = torch.float32
+        with torch.inference_mode(False):
+            self.build(student, teachers.outputs)
+        self.to(device, precision).train(self.training)
+        self._sized = True
+
     def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
-        if layers or type(self).attach is not DistillationLoss.attach:
+        if layers or self.uses_networks:
             raise TypeError(
                 f"Expected NetworkOutput(logits, features) for student and teachers with "
                 f"{type(self).__name__}, which reads more than one tensor of a network or reaches "
@@ -153,6 +172,9 @@ class LayerLoss(LayerPair, DistillationLoss):
         self.student_layer = student_layer
         self.teacher_layer = teacher_layer
 
+    def _compared(self, student: NetworkOutput) -> Tensor:
+        return self.student_feature(student)
+
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
         """Distance of student features (B, ...) to teacher ``index``'s: per sample (B,), or 0-d."""
         raise NotImplementedError(f"{type(self).__name__} implements neither compare nor forward.")
@@ -170,7 +192,7 @@ class LayerLoss(LayerPair, DistillationLoss):
         )
 
     def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
-        if self.reads_logits or type(self).attach is not DistillationLoss.attach:
+        if self.reads_logits or self.uses_networks:
             return super()._from_tensor(values, layers)
         empty = values.new_empty(len(values), 0)  # never read
         return NetworkOutput(empty, dict.fromkeys(layers, values))
@@ -220,3 +242,18 @@ def refuse_unknown_classes(
                 f"Expected teachers that know all classes with {type(loss).__name__}, got one that "
                 f"knows only some: use SubsetTarget, or leave it out."
             )
+
+
+def refuse_losses(
+    losses: Iterable[DistillationLoss], which: Callable[[DistillationLoss], Any], expected: str
+) -> None:
+    """Raise ``ValueError`` that says what is expected, if ``which`` is true of a loss."""
+    found = [type(loss).__name__ for loss in losses if which(loss)]
+    if found:
+        raise ValueError(f"Expected {expected}, got {', '.join(found)}.")
+
+
+def losses_of(losses: nn.Module) -> dict[str, DistillationLoss]:
+    """Losses by name of a ``ModuleDict`` of them."""
+    assert isinstance(losses, nn.ModuleDict)
+    return {name: loss for name, loss in losses.items() if isinstance(loss, DistillationLoss)}

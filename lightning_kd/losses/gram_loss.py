@@ -14,7 +14,7 @@ from lightning_kd.functional import (
     simplex_projection,
     task_cross_entropy,
 )
-from lightning_kd.losses.base import LayerLoss
+from lightning_kd.losses.base import DistillationLoss, LayerLoss
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.utils.checks import check_one_of
 from lightning_kd.utils.float32_state import Float32State
@@ -88,22 +88,27 @@ class GramLoss(Float32State, LayerLoss):
             for m, teacher in zip(teachers.indices, teachers.outputs, strict=True)
         ]
         if target is not None and feature.requires_grad:
-            self._learn(student, feature, values, teachers.indices, target)
+            self._learn(student, feature, teachers, target)
         trust = self.trust[list(teachers.indices)]
         trust = trust / trust.sum().clamp(min=1e-12)
         return dataclasses.replace(teachers, weights=trust).average(values)
+
+    def _from_tensor(self, values: Tensor, layers: Sequence[str]) -> NetworkOutput:
+        if self.learn_weights:  # by the labels' gradient, which needs logits beside the feature
+            return DistillationLoss._from_tensor(self, values, layers)
+        return super()._from_tensor(values, layers)
 
     def _learn(
         self,
         student: NetworkOutput,
         feature: Tensor,
-        values: Sequence[Tensor],
-        indices: Sequence[int],
+        teachers: TeacherOutputs,
         target: Tensor,
     ) -> None:
         task = task_cross_entropy(student.logits, target).sum()
-        # only directions matter; scaled up, gradients do not underflow in half precision
-        scale = torch.full((), 2.0**16, device=feature.device)
+        # only directions matter; scaled up, gradients do not underflow in half precision, where
+        # those of a sum of samples, at most 1 at a logit, do not overflow either
+        scale = torch.full((), 2.0**8, device=feature.device)
         (task_gradient,) = torch.autograd.grad(
             task, feature, scale.to(task), retain_graph=True, allow_unused=True
         )
@@ -112,14 +117,15 @@ class GramLoss(Float32State, LayerLoss):
                 f"Expected the student's logits to depend on {self.student_layer!r}, but they "
                 f"do not: choose another layer, or learn_weights=False."
             )
+        own = feature.detach().float().requires_grad_()  # so that nothing is rounded on the way
         gradients = [
-            torch.autograd.grad(value, feature, scale.to(value), retain_graph=True)[0].flatten()
-            for value in values
+            torch.autograd.grad(self.compare(own, self.teacher_feature(m, teacher), m), own)[0]
+            for m, teacher in zip(teachers.indices, teachers.outputs, strict=True)
         ]
         agreement = torch.cosine_similarity(
-            task_gradient.flatten()[None].float(), torch.stack(gradients).float()
+            task_gradient.flatten()[None].float(), torch.stack(gradients).flatten(1)
         ).nan_to_num(0.0)
         agreement = sum_over_ranks(agreement) / world_size()
         step = torch.zeros_like(self.trust)
-        step[list(indices)] = agreement.to(step)
+        step[list(teachers.indices)] = agreement.to(step)
         self.trust.copy_(simplex_projection(self.trust + self.learning_rate * step))

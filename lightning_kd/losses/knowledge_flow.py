@@ -56,6 +56,9 @@ class KnowledgeFlow(LayerLoss):
                 self.projections.append(Projection(self.teacher_feature(m, teacher).shape, shape))
             self.scores = nn.Parameter(torch.zeros(1 + len(teachers)))
 
+    def _compared(self, student: NetworkOutput) -> Tensor:
+        return student.logits  # the feature was mixed before the loss is called
+
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         """Hook the student's layer, again if it was replaced (as by SyncBatchNorm)."""
         if self._handle is not None:
@@ -66,6 +69,10 @@ class KnowledgeFlow(LayerLoss):
     def before_student(self, teachers: Sequence[NetworkOutput], indices: Sequence[int]) -> None:
         """Let these teachers flow into the next forward pass."""
         self._flow = (teachers, indices)
+
+    def after_student(self) -> None:
+        """Let no teacher flow into another pass."""
+        self._flow = None
 
     def mix(self, own: Tensor) -> Tensor:
         """Student's feature with the teachers' mixed in, in the shape of ``own``."""

@@ -139,14 +139,14 @@ class PeerCohort(Distiller):
         else:
             losses = self.compute_losses(x, target)
             by_hand(optimizer, losses, self.peers.networks)
-        self.exchange.after_step(self.peers)
+        self.distillation.after_step()
         step_schedules(self, self._scheduler_interval)
         return self._track(losses, len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Let the exchange see the peers after each step, before a callback may save them."""
         super().optimizer_step(*args, **kwargs)
-        self.exchange.after_step(self.peers)
+        self.distillation.after_step()
 
     def configure_optimizers(self) -> Any:
         """One optimizer for all peers; with a game, two more: for it, and for discriminators."""

@@ -9,6 +9,7 @@ from lightning_kd.features import Batched, dry_run
 from lightning_kd.outputs import NetworkOutput
 from lightning_kd.teachers.sub_teachers import SubTeachers
 from lightning_kd.teachers.teacher import Teacher
+from lightning_kd.utils.memory import shared_memory
 
 
 class TeacherEnsemble(nn.Module):
@@ -63,9 +64,9 @@ class TeacherEnsemble(nn.Module):
 
     def refuse_weights_of(self, students: Iterable[nn.Module]) -> None:
         """Raise ``ValueError`` if a teacher, which is frozen, shares weights with a student."""
-        trained = {p.data_ptr() for student in students for p in student.parameters()} - {0}
+        trained = nn.ModuleList(students)
         for index, teacher in enumerate(self):
-            if any(p.data_ptr() in trained for p in teacher.network.parameters()):
+            if shared_memory([trained, teacher.network]):
                 raise ValueError(
                     f"Expected student and teacher {index} to be separate networks, got shared "
                     f"weights: give one of them as copy.deepcopy(network)."

@@ -12,8 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_kd.features import OutputError, Tap, Tapped
 from lightning_kd.outputs import NetworkOutput
 
-#: requires_grad of each parameter, and mode of each part, as they were before they were frozen
-_TRAINABLE, _TRAINING = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+#: requires_grad of each parameter, mode of each part, and its tensors where they were cast, as they
+#: were before they were frozen
+_TRAINABLE, _TRAINING, _UNCAST = (WeakIdKeyDictionary() for _ in range(3))
 
 
 class Teacher(nn.Module):
@@ -22,8 +23,8 @@ class Teacher(nn.Module):
     Its network stays outside the module tree: it moves with ``.to()``, but no optimizer,
     ``state_dict``, ``train()``, ``apply()`` or DDP broadcast ever reaches it. Gradients may
     flow *through* it to its input (data-free methods need that), so ``no_grad`` belongs at the call
-    site. ``release`` restores the network to its former state; a Trainer does so at the end of a
-    run.
+    site. ``release`` restores the network to its former state, precision included; a Trainer does
+    so at the end of a run.
 
     Args:
         network: Any classifier; it is put in eval mode and its parameters are frozen.
@@ -84,7 +85,7 @@ class Teacher(nn.Module):
         self.network.eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Give the network's modes and ``requires_grad`` back as they were before ``freeze``."""
+        """Give the network back as it was: modes, ``requires_grad``, values that were cast."""
         for parameter in self.network.parameters():
             if parameter in _TRAINABLE:
                 parameter.requires_grad_(_TRAINABLE[parameter])
@@ -93,6 +94,13 @@ class Teacher(nn.Module):
             if part in _TRAINING:
                 part.training = _TRAINING[part]
                 del _TRAINING[part]
+            if part in _UNCAST:
+                named = {**part._parameters, **part._buffers}
+                for name, value in _UNCAST[part].items():
+                    if (own := named.get(name)) is not None:
+                        own.data = value.to(own.device)
+                del _UNCAST[part]
+        self._dtype = None
 
     def record_layers(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.
@@ -100,7 +108,8 @@ class Teacher(nn.Module):
         Raises:
             ValueError: If a layer does not exist.
         """
-        self.tap.remove()
+        if not self._lent:  # else they are the original's
+            self.tap.remove()
         self.tap = Tap(self.network, layers)
 
     def reduce_cost(self, dtype: torch.dtype | None = None, offload: bool = False) -> None:
@@ -108,8 +117,7 @@ class Teacher(nn.Module):
 
         Args:
             dtype: Cast weights to it, except those of BatchNorm, whose statistics would suffer,
-                and incoming images; ``None``: as they are. The cast is permanent: give a copy of a
-                network that is needed elsewhere.
+                and incoming images; ``None``: as they are. ``release`` undoes it.
             offload: Keep weights in CPU memory; they are on the images' device only during a
                 forward pass, one network after the other.
         """
@@ -121,6 +129,7 @@ class Teacher(nn.Module):
             if values.is_floating_point()
         ]
         if dtype is not None:
+            self._keep_values()
             for values in floats:
                 values.data = values.data.to(dtype)
         self._dtype = floats[0].dtype if floats else torch.float32
@@ -145,7 +154,7 @@ class Teacher(nn.Module):
     def keep_in_eval(self) -> None:
         """Put the network back in eval mode: other owners of it may have called train()."""
         if any(part.training for part in self._parts):
-            self.network.eval()
+            self.freeze()
 
     def _cast_forward(self, x: Tensor, need_logits: bool) -> NetworkOutput:
         images = x.to(self._dtype)
@@ -181,14 +190,35 @@ class Teacher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """Move the network along with the module that holds this teacher."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self._lent and not self._offloaded:
+        if self._offloaded:
+            return self
+        here = next((v for v in self.network.parameters() if v.is_floating_point()), torch.empty(0))
+        probe = here.new_empty(0)
+        there = fn(probe)
+        moved = (there.dtype, there.device) != (probe.dtype, probe.device)
+        if self._lent and moved:  # from here on a network of its own
+            self._give(copy.deepcopy(self.network))
+        if there.dtype != probe.dtype:
+            self._keep_values()
+        if not self._lent:
             self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _keep_values(self) -> None:
+        """Remember values that are about to be cast, until ``release``; those of the first cast."""
+        for part in self._parts:
+            if part not in _UNCAST:
+                named = {**part._parameters, **part._buffers}
+                _UNCAST[part] = {name: v.data for name, v in named.items() if v is not None}
+
+    def _give(self, network: nn.Module) -> None:
+        self._given, self._parts, self._lent = (network,), tuple(network.modules()), False
+        self.tap = Tap(network, self.tap.layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """Share the network: copies (for weight averaging, say) need no second set of weights.
 
-        A copy that is moved or cast leaves the network where its owner has it.
+        A copy that is moved or cast, or records other layers, takes a network or taps of its own.
         """
         twin = copy.copy(self)
         twin._lent, twin._buffers = True, dict(self._buffers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.distributed import sum_over_ranks
 from lightning_kd.features import Tap
+from lightning_kd.features.dry_run import modes_kept
 from lightning_kd.functional import (
     global_average_pool,
     jensen_shannon,
@@ -36,9 +37,10 @@ def save_domain(path: str | Path, network: nn.Module, layer: str, images: Iterab
 
 
 def _features(network: nn.Module, layer: str, images: Iterable[Tensor]) -> Tensor:
-    tap = Tap(network.eval(), [layer])
+    tap = Tap(network, [layer])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(network):
+            network.eval()
             kept = [global_average_pool(tap(batch).feature(layer)).float() for batch in images]
     finally:
         tap.remove()

@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.distributed import mean_over_labelled
-from lightning_kd.functional import combine_teachers, full_precision, global_average_pool
+from lightning_kd.functional import (
+    combine_teachers,
+    full_precision,
+    global_average_pool,
+    mean_over_positions,
+)
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.weighting.base import Space, Weighting
 
@@ -84,4 +89,4 @@ def _ensemble_loss(logits: Tensor, weights: Tensor, target: Tensor, space: str) 
     value = F.nll_loss(ensemble, target, ignore_index=-1, reduction="none")
     # the gate has nothing to learn from a class that no teacher covers
     value = value.masked_fill(value > RULED_OUT / 100, 0.0)
-    return value.flatten(1).mean(1) if value.dim() > 1 else value
+    return mean_over_positions(value, target)

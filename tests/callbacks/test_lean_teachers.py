@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,7 @@ from lightning_kd.losses import ConfidentHint, Hint, SoftTarget
 from lightning_kd.models import resnet8, resnet20
 from lightning_kd.teachers import NoisyTeacher
 from lightning_kd.weighting import Switching, Uniform
-from tests.conftest import TinyNet, assert_same_state
+from tests.conftest import TinyNet, assert_same_state, state_of
 
 IMAGES = torch.rand(8, 1, 8, 8)
 
@@ -145,10 +146,17 @@ def test_batched_teachers_of_some_classes_only():
 
 def test_a_cohort_learns_from_light_teachers(make_trainer, digits):
     module = PeerCohort([TinyNet(), TinyNet()], teachers=[TinyNet(8)])
-    trainer = make_trainer(callbacks=[LeanTeachers(dtype="bfloat16")])
+    seen, before = [], state_of(module.teachers[0].network)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            seen.append(module.teachers[0].network.conv.weight.dtype)
+
+    trainer = make_trainer(callbacks=[LeanTeachers(dtype="bfloat16"), Look()])
     trainer.fit(module, datamodule=digits())
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    assert module.teachers[0].network.conv.weight.dtype == torch.bfloat16
+    assert set(seen) == {torch.bfloat16}
+    assert_same_state(state_of(module.teachers[0].network), before)
 
 
 def test_precisions_that_cast_teachers_are_refused(make_trainer, digits, make_module):
