@@ -210,7 +210,7 @@ class Distillation(BaseDistillation):
 
     def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Size losses and weighting by outputs of a dry run, after a look at the teachers."""
-        refuse_unknown_classes(losses_of(self.losses).values(), teachers)
+        refuse_unknown_classes(losses_of(self.losses).values(), teachers, self.weighting.space)
         self.weighting.active(len(self.teachers))  # reports a wrong number of weights
         for part in self._parts():
             part.build(student, teachers)

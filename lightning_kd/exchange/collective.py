@@ -13,6 +13,7 @@ from lightning_kd.functional import (
     min_logits,
     simplex_cross_entropy_weights,
     simplex_projection,
+    widest,
 )
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.utils.checks import check_one_of
@@ -95,9 +96,9 @@ class Collective(Float32State, Exchange):
     def after_validation(self) -> None:
         """Update the shares from the validation that has just ended."""
         count = sum_over_ranks(self.count)
-        covariance = (sum_over_ranks(self.errors) / count.clamp(min=1)).double()
+        covariance = widest(sum_over_ranks(self.errors) / count.clamp(min=1))
         size = len(covariance)
-        one = torch.ones(size, dtype=torch.float64, device=covariance.device)
+        one = covariance.new_ones(size)
         damping = self.ridge * covariance.trace() / size + 1e-12
         solved = torch.linalg.solve(covariance + damping * one.diag(), one)
         shares = simplex_projection(solved / solved.sum()).to(self.shares.dtype)

@@ -28,10 +28,11 @@ from lightning_kd.functional.features import (
     same_resolution,
     selectivity_distance,
     unit_distance,
+    unit_length,
 )
 from lightning_kd.functional.images import crop_and_flip, resized_crop, total_variation
 from lightning_kd.functional.logits import logit_l1, logit_mse, standardize
-from lightning_kd.functional.precision import full_precision
+from lightning_kd.functional.precision import full_precision, widest
 from lightning_kd.functional.priorities import importance_weights, priority_probabilities
 from lightning_kd.functional.pseudo_labels import balanced_labels
 from lightning_kd.functional.relations import (
@@ -110,4 +111,6 @@ __all__ = [
     "teacher_losses",
     "total_variation",
     "unit_distance",
+    "unit_length",
+    "widest",
 ]

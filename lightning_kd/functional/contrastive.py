@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_kd.functional.features import unit_length
 from lightning_kd.functional.precision import full_precision
 
 
@@ -27,6 +28,6 @@ def info_nce(anchors: Tensor, others: Tensor, temperature: float = 0.1) -> Tenso
         Oord et al. 2018, https://arxiv.org/abs/1807.03748, equation 4; with cosines Fang et al.
         2021 (CMI), https://arxiv.org/abs/2105.08584, equation 7.
     """
-    alike = F.normalize(anchors, dim=1) @ F.normalize(others, dim=1).T / temperature
+    alike = unit_length(anchors) @ unit_length(others).T / temperature
     own = torch.arange(len(anchors), device=anchors.device)
     return F.cross_entropy(alike, own, reduction="none")

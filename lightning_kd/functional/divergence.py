@@ -101,6 +101,8 @@ def decoupled_kl(
     """
     check_same_shape(student, teacher, "logits")
     check_positive(temperature, "temperature")
+    if student.shape[1] < 2:
+        raise ValueError("Expected logits of at least two classes to decouple, got one.")
     chosen = torch.where(target < 0, teacher.argmax(1), target)[:, None]
     away = torch.zeros_like(student, dtype=torch.bool).scatter_(1, chosen, True)
 

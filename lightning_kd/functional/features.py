@@ -37,6 +37,15 @@ def hint_distance(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
     return (difference.abs() if power == 1 else difference.square()).mean(1)
 
 
+def unit_length(values: Tensor, dim: int = 1, floor: float = 1e-4) -> Tensor:
+    """Scale vectors along ``dim`` to unit length; those shorter than ``floor`` by its inverse.
+
+    The floor bounds the gradient: at torch's own, 1e-12, a row of zeros (all units of a layer off)
+    has one of 1e12, which ends a training.
+    """
+    return F.normalize(values, dim=dim, eps=floor)
+
+
 @full_precision
 def attention_map(features: Tensor) -> Tensor:
     r"""Where a network looks: channel mean of squared activations, L2-normalised per sample.
@@ -58,7 +67,7 @@ def attention_map(features: Tensor) -> Tensor:
             f"Expected feature maps of shape (B, C, H, W), got {tuple(features.shape)}: "
             f"choose a convolutional layer for attention transfer."
         )
-    return F.normalize(features.square().mean(1).flatten(1), dim=1)
+    return unit_length(features.square().mean(1).flatten(1), floor=1e-6)
 
 
 @full_precision
@@ -103,7 +112,7 @@ def unit_distance(student: Tensor, teacher: Tensor) -> Tensor:
         Park & Kwak 2019 (FEED), https://arxiv.org/abs/1909.10754, equation 1.
     """
     check_same_shape(student, teacher, "features")
-    units = F.normalize(student.flatten(1), dim=1) - F.normalize(teacher.flatten(1), dim=1)
+    units = unit_length(student.flatten(1)) - unit_length(teacher.flatten(1))
     return units.abs().sum(1)
 
 
@@ -132,7 +141,7 @@ def selectivity_distance(student: Tensor, teacher: Tensor) -> Tensor:
         kernel of degree 2.
     """
     student, teacher = same_resolution(student, teacher)
-    s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
+    s, t = unit_length(student.flatten(2), 2), unit_length(teacher.flatten(2), 2)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT).square().mean((1, 2))

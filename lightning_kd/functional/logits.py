@@ -54,15 +54,23 @@ def standardize(logits: Tensor) -> Tensor:
     r"""Z-score of each sample's logits: mean 0, standard deviation 1 over the classes.
 
     Args:
-        logits: Shape (B, K, ...), K >= 2.
+        logits: Shape (B, K, ...), K >= 3.
 
     Returns:
         Shape (B, K, ...); the deviation is the unbiased one, as published, but at least 0.001: for
         logits that are all equal it is 0, and the gradient would be unbounded.
 
+    Raises:
+        ValueError: If there are fewer than three classes: two z-scores are always the same two.
+
     Source:
         Sun et al. 2024, https://arxiv.org/abs/2403.01427, algorithm 1.
     """
+    if logits.shape[1] < 3:
+        raise ValueError(
+            f"Expected logits of at least three classes to standardise, got {logits.shape[1]}, "
+            f"whose z-scores are the same for every sample: use SoftTarget."
+        )
     centred = logits - logits.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)
     return centred / (variance.clamp(min=1e-6).sqrt() + 1e-7)

@@ -11,6 +11,14 @@ from torch import Tensor
 
 P = ParamSpec("P")
 
+#: devices that have no float64
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def widest(values: Tensor) -> Tensor:
+    """In float64, or in float32 on a device that has no wider type (Apple's MPS)."""
+    return values.float() if values.device.type in WITHOUT_FLOAT64 else values.double()
+
 
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Run ``function`` in float32 whatever the autocast state; float64 stays float64.

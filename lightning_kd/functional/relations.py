@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.functional.precision import full_precision
+from lightning_kd.functional.features import unit_length
+from lightning_kd.functional.precision import full_precision, widest
 
 
 def _check_batch(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    if len(student) != len(teacher) or student.dim() < 2:
+    # torch.pdist ends the process at an empty batch
+    if len(student) != len(teacher) or student.dim() < 2 or not len(student):
         raise ValueError(
-            f"Expected features (B, ...) of one batch, got {tuple(student.shape)} and "
+            f"Expected features (B, ...) of one batch, B >= 1, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}."
         )
     return student.flatten(1), teacher.flatten(1)
@@ -41,7 +43,7 @@ def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
         Tung & Mori 2019 (SP), https://arxiv.org/abs/1907.09682, equations 1 to 4.
     """
     s, t = _check_batch(student, teacher)
-    difference = F.normalize(s @ s.T, dim=1) - F.normalize(t @ t.T, dim=1)
+    difference = unit_length(s @ s.T) - unit_length(t @ t.T)
     distance: Tensor = difference.square().mean()
     return distance
 
@@ -93,7 +95,8 @@ def log_euclidean_distance(student: Tensor, teacher: Tensor, epsilon: float = 1e
         epsilon: Added to the diagonal: A is singular if a batch has more samples than features.
 
     Returns:
-        A scalar; computed in float64, since logarithms of small eigenvalues are delicate.
+        A scalar; computed in float64 where there is one: logarithms of small eigenvalues are
+        delicate.
 
     Source:
         Wu et al. 2019, "Distilled Person Re-Identification", CVPR, equation 5. Differs from the
@@ -102,7 +105,7 @@ def log_euclidean_distance(student: Tensor, teacher: Tensor, epsilon: float = 1e
     s, t = _check_batch(student, teacher)
 
     def log(features: Tensor) -> Tensor:
-        rows = F.normalize(F.relu(features.double()), dim=1)
+        rows = unit_length(F.relu(widest(features)))
         eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
         matrix: Tensor = _SymmetricLog.apply(rows @ rows.T + epsilon * eye)
         return matrix
@@ -121,7 +124,7 @@ def _distances(features: Tensor) -> Tensor:
 
 def _angles(features: Tensor) -> Tensor:
     """Cosine at j of each triple (i, j, k), shape (B, B, B), j first."""
-    edges = F.normalize(features[None, :, :] - features[:, None, :], dim=2)
+    edges = unit_length(features[None, :, :] - features[:, None, :], 2)
     return edges @ edges.mT
 
 
@@ -184,8 +187,9 @@ def probabilistic_distance(student: Tensor, teacher: Tensor, epsilon: float = 1e
     s, t = _check_batch(student, teacher)
 
     def log_probabilities(features: Tensor) -> Tensor:
-        rows = F.normalize(features, dim=1)
-        kernel = (rows @ rows.T + 1) / 2 + epsilon
+        rows = unit_length(features)
+        # rounding takes opposite samples below -1
+        kernel = ((rows @ rows.T + 1) / 2).clamp(min=0) + epsilon
         return kernel.log() - kernel.sum(1, keepdim=True).log()
 
     log_q, log_p = log_probabilities(s), log_probabilities(t)

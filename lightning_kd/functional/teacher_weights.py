@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.functional.cross_entropy import is_labelled, task_cross_entropy
-from lightning_kd.functional.precision import full_precision
+from lightning_kd.functional.precision import full_precision, widest
 from lightning_kd.utils.checks import check_positive, check_space
 
 # the exact solution visits 3^M faces of the polytope of weights
@@ -46,9 +46,20 @@ def combine_teachers(logits: Tensor, weights: Tensor, temperature: float, space:
     shaped = weights.to(logits).reshape(*weights.shape, *(1,) * (logits.dim() - weights.dim()))
     if space == "logit":
         # a teacher of weight 0 rules out no class: 0 times minus infinity would be NaN
-        weighted = torch.where(shaped > 0, shaped * logits, 0.0)
+        unknown = logits == -torch.inf
+        weighted = shaped * logits.masked_fill(unknown, 0.0)
+        weighted = weighted.masked_fill(unknown & (shaped > 0), -torch.inf)
         return F.log_softmax(weighted.sum(0) / temperature, dim=1)
-    return torch.logsumexp(F.log_softmax(logits / temperature, dim=2) + shaped.log(), dim=0)
+    log_p = F.log_softmax(logits / temperature, dim=2)
+    nothing = shaped == 0
+    log_weights = shaped.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
+    combined = torch.logsumexp(log_p + log_weights, dim=0)
+    if (
+        shaped.requires_grad
+    ):  # the logarithm has no gradient at 0, where that of the mean is p_m / p
+        slope = (log_p - combined).detach().exp().clamp(max=1e30)
+        combined = combined + (shaped * slope.masked_fill(~nothing, 0.0)).sum(0)
+    return combined
 
 
 @full_precision
@@ -187,12 +198,12 @@ def min_norm_weights(gradients: Tensor, c_max: float = 1.0) -> Tensor:
         raise ValueError(f"Expected c_max from 1 / M = {1 / m:.3g} to 1, got {c_max}.")
     if m == 1:
         return gradients.new_ones(1)
-    g = gradients.double()
+    g = widest(gradients)
     gram = g @ g.T
     # equal gradients leave the weights undetermined: then the smallest weights are taken
     scale = gram.diagonal().mean().clamp(min=1e-30)
     gram = gram / scale + 1e-9 * torch.eye(m, dtype=g.dtype, device=g.device)
-    fixed = _faces(m).to(g.device, non_blocking=True)
+    fixed = _faces(m).to(g.device, g.dtype, non_blocking=True)
     free = fixed < 0
     # rows of free weights: (G a)_m = nu; of the others: a_m = 0 or C; the last row: they sum to 1
     system = g.new_zeros(len(fixed), m + 1, m + 1)

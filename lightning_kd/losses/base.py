@@ -35,6 +35,8 @@ class DistillationLoss(nn.Module, ABC):
     weight: float
     #: whether teachers may rule classes out, with logits of minus infinity
     takes_unknown_classes = True
+    #: how many classes teachers have to know together
+    fewest_classes = 1
     #: whether the teachers' logits are read; if no loss reads them, teachers stop earlier
     reads_logits = True
     #: whether a constant added to all of a teacher's logits matters
@@ -232,11 +234,32 @@ def losses_by_name(
 
 
 def refuse_unknown_classes(
-    losses: Iterable[DistillationLoss], teachers: Iterable[NetworkOutput]
+    losses: Iterable[DistillationLoss], teachers: Sequence[NetworkOutput], space: str
 ) -> None:
-    """Raise ``ValueError`` if a loss cannot use a teacher of only some classes."""
-    partial = any(bool((teacher.logits == -torch.inf).any()) for teacher in teachers)
+    """Raise ``ValueError`` if a loss cannot use teachers of only some classes.
+
+    Args:
+        losses: The losses.
+        teachers: Outputs of teachers that may know only some, with the same classes in all.
+        space: In which they are averaged: in ``"logit"`` one that rules a class out rules it out
+            for all.
+    """
+    if not teachers:
+        return
+    known = torch.stack(
+        [(t.logits > -torch.inf).transpose(0, 1).flatten(1).any(1) for t in teachers]
+    )
+    partial, count = (
+        not bool(known.all()),
+        int((known.all(0) if space == "logit" else known.any(0)).sum()),
+    )
     for loss in losses:
+        if partial and loss.takes_unknown_classes and count < loss.fewest_classes:
+            raise ValueError(
+                f"Expected teachers that know at least {loss.fewest_classes} of the classes "
+                f"together with {type(loss).__name__}, got {count}: average them in space "
+                f'"probability", or use SubsetTarget.'
+            )
         if partial and not loss.takes_unknown_classes:
             raise ValueError(
                 f"Expected teachers that know all classes with {type(loss).__name__}, got one that "

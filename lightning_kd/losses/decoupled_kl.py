@@ -30,6 +30,8 @@ class DecoupledKL(DistillationLoss):
         weight up over 20 epochs, which ``LossWeightScheduler`` can do.
     """
 
+    fewest_classes = 2  # the target class and another
+
     def __init__(
         self,
         temperature: float = 4.0,

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.functional import full_precision, global_average_pool, kl_divergence
+from lightning_kd.functional import (
+    full_precision,
+    global_average_pool,
+    kl_divergence,
+    unit_length,
+)
 from lightning_kd.losses.base import LayerLoss
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.utils.checks import check_one_of, check_positive
@@ -115,6 +120,6 @@ def _vertex_distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
     """Distance of two vertices' features (B, D), shape (B,)."""
     if distance == "cosine":
         return 1 - F.cosine_similarity(student, teacher)
-    s, t = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    s, t = unit_length(student), unit_length(teacher)
     # with k(a, b) = (a . b)^2 the squared discrepancy is that of the mean outer products
     return (s.T @ s / len(s) - t.T @ t / len(t)).square().sum().expand(len(s))

@@ -87,7 +87,7 @@ def test_subset_target_may_ask_only_about_own_samples():
 
 
 @pytest.mark.parametrize("loss", [DecoupledKL(), LogitStandardization(), SubsetTarget()], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(1, 2), (4, 5)])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 3), (4, 5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_extreme_logits_and_half_precision_stay_finite(loss, batch, classes, dtype):
     s = (30 * torch.sign(torch.randn(batch, classes))).to(dtype)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_kd.functional import importance_weights, priority_probabilities
+from lightning_kd.functional import importance_weights, priority_probabilities, widest
 from lightning_kd.utils.checks import check_one_of
 
 
@@ -89,7 +89,7 @@ class Prioritized(Sampler):
         self, priorities: Tensor, count: int, random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampler``."""
-        chances = priority_probabilities(priorities.double(), self.alpha, self.epsilon)
+        chances = priority_probabilities(widest(priorities), self.alpha, self.epsilon)
         points = torch.rand(count, generator=random, device=chances.device, dtype=chances.dtype)
         # rounding may leave the last sum below 1
         indices = torch.searchsorted(chances.cumsum(0), points, right=True)
