@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.base_distillation import BaseDistillation, cut_prefix
-from lightning_kd.features import Tap, dry_run
+from lightning_kd.features import Tap, dry_run, ready_to_train
 from lightning_kd.losses import DistillationLoss, SoftTarget, losses_by_name
 from lightning_kd.losses.base import losses_of, refuse_unknown_classes
-from lightning_kd.metrics import student_metrics, update_student_metrics
+from lightning_kd.metrics import student_metrics, teacher_ensemble, update_student_metrics
 from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.tasks import Classification, Task
 from lightning_kd.teachers import StochasticDepth, TeacherEnsemble
@@ -76,14 +76,15 @@ class Distillation(BaseDistillation):
         if losses and not len(ensemble):
             raise ValueError("Expected teachers with losses, got none: leave the losses out.")
         self.task, self.task_weight = task or Classification(), task_weight
-        # a pretrained one is in eval mode; a cohort gives None, since its peers run elsewhere
-        self.student = None if student is None else student.train()
+        # None: a cohort's peers run elsewhere
+        self.student = None if student is None else ready_to_train(student)
         self.losses = nn.ModuleDict(losses_by_name(losses))
         self.weighting = weighting or Uniform()
         self.wants_images = self.weighting.wants_images
         self.teachers, self.stochastic_depth = ensemble, stochastic_depth
         if student is not None:
             ensemble.refuse_weights_of([student])
+        self.comparable = False  # whether teachers answer as the student does, and are measured
         self._tap: Tap | None = None
         self._trust: tuple[Sequence[int], Tensor] | None = None
 
@@ -203,14 +204,18 @@ class Distillation(BaseDistillation):
         tap = Tap(self.student, self.student_layers())
         student = dry_run("the student", self.student, tap, x)
         teachers = self.teachers.build(self.teacher_layers, x)
-        self.task.check({"the student": student}, teachers, num_classes)
+        read = any(part.reads_logits for part in self._parts())
+        self.task.check({"the student": student}, teachers if read else (), num_classes)
+        outputs = {(output.logits.shape[1:]) for output in (student, *teachers)}
+        self.comparable = len(self.teachers) > 0 and len(outputs) == 1
         self.build_parts(student, teachers)
         self.example, self.input_shape, self._tap = student, tuple(x.shape[1:]), tap
         self.attach()
 
     def build_parts(self, student: NetworkOutput, teachers: Sequence[NetworkOutput]) -> None:
         """Size losses and weighting by outputs of a dry run, after a look at the teachers."""
-        refuse_unknown_classes(losses_of(self.losses).values(), teachers, self.weighting.space)
+        if len({teacher.logits.shape[1:] for teacher in teachers}) == 1:
+            refuse_unknown_classes(losses_of(self.losses).values(), teachers, self.weighting.space)
         self.weighting.active(len(self.teachers))  # reports a wrong number of weights
         for part in self._parts():
             part.build(student, teachers)
@@ -271,21 +276,16 @@ class Distillation(BaseDistillation):
 
     def metrics(self) -> dict[str, Metric]:
         """Metrics of the student; with teachers, the watched one of theirs and the agreement."""
-        return student_metrics(self.task, self.example, len(self.teachers))
+        return student_metrics(self.task, self.example, self.comparable * len(self.teachers))
 
     @torch.no_grad()
     def update_metrics(
         self, metrics: Mapping[str, Metric], x: Tensor, target: Tensor | None, observe: bool
     ) -> NetworkOutput:
         """Measure the student, its teachers and their agreement."""
-        student, ensemble = self.student_output(x), None
-        if teachers := self.teacher_outputs(x) if len(self.teachers) else []:
-            indices = tuple(self.weighting.active(len(teachers)))
-            asked = [teachers[m] for m in indices]
-            # without labels: an ensemble that is weighed by the right answer measures nothing
-            trust = self.weighting(student, asked, None)
-            outputs = TeacherOutputs(asked, trust, self.weighting.space, indices)
-            ensemble = self.task.ensemble(outputs)
+        student = self.student_output(x)
+        teachers = self.teacher_outputs(x) if self.comparable else []
+        ensemble = teacher_ensemble(self.task, self.weighting, student, teachers)
         update_student_metrics(self.task, metrics, student, teachers, ensemble, target)
         if target is not None and observe:
             self.weighting.observe(student, teachers, target)

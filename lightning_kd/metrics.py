@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_kd.outputs import NetworkOutput
+from lightning_kd.outputs import NetworkOutput, TeacherOutputs
 from lightning_kd.tasks import Task
+from lightning_kd.weighting import Weighting
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -29,6 +30,19 @@ def student_metrics(task: Task, example: NetworkOutput, num_teachers: int) -> di
         names = ["ensemble", *(f"teacher_{m}" for m in range(num_teachers))]
         metrics |= {f"{n}/{task.watched}": task.metrics(example)[task.watched] for n in names}
     return metrics
+
+
+def teacher_ensemble(
+    task: Task, weighting: Weighting, student: NetworkOutput, teachers: Sequence[NetworkOutput]
+) -> NetworkOutput | None:
+    """The teachers' mean output as the weighting trusts them; None: there are no teachers."""
+    if not teachers:
+        return None
+    indices = tuple(weighting.active(len(teachers)))
+    asked = [teachers[m] for m in indices]
+    # without labels: an ensemble that is weighed by the right answer measures nothing
+    trust = weighting(student, asked, None)
+    return task.ensemble(TeacherOutputs(asked, trust, weighting.space, indices))
 
 
 def update_student_metrics(

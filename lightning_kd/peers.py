@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kd.base_distillation import cut_prefix
 from lightning_kd.distributed import gather_over_ranks
-from lightning_kd.features import Batched, Tap
+from lightning_kd.features import Batched, Tap, ready_to_train
 from lightning_kd.models import Branching
 from lightning_kd.outputs import NetworkOutput
 from lightning_kd.utils.memory import shared_memory
@@ -49,7 +49,7 @@ class Peers(nn.Module):
         super().__init__()
         self.batched = batched
         self._batch: Batched | None = None
-        self.networks = nn.ModuleList(networks).train()  # not so if they are pretrained
+        self.networks = nn.ModuleList(ready_to_train(network) for network in networks)
         self.branching = len(networks) == 1 and isinstance(networks[0], Branching)
         if pair := shared_memory(networks):
             raise ValueError(

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image
@@ -13,7 +15,22 @@ from torchvision.transforms.v2 import functional as image_ops
 from lightning_kd.data.base import ImageData, Labelled
 from lightning_kd.teachers import TeacherCache
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+#: what torchvision decodes; Pillow reads the rest
+DECODED = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+#: what Pillow lists, and opens only with help that is not installed
+STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+
+def image_suffixes() -> frozenset[str]:
+    """Endings of image files that can be read, in lower case."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(end for end, kind in known if kind in Image.OPEN and kind not in STUBS)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a path relative to a data set is one that programs leave (``.ipynb_checkpoints``)."""
+    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 class _Files:
@@ -27,24 +44,32 @@ class _Files:
 
     def __getitem__(self, index: int) -> Labelled:
         path = self.paths[index]
-        mode = ImageReadMode.GRAY if self.shape[0] == 1 else ImageReadMode.RGB
+        grey = self.shape[0] == 1
         try:
-            image = decode_image(str(path), mode=mode)
-        except RuntimeError as error:
+            if path.suffix.lower() in DECODED:
+                mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
+                image = decode_image(str(path), mode=mode)
+            else:
+                with Image.open(path) as file:
+                    image = image_ops.pil_to_tensor(file.convert("L" if grey else "RGB"))
+        except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"Expected an image at {path}: {error}") from error
         image = image_ops.resize(image, [self.shape[1]])
         return image_ops.center_crop(image, [self.shape[1]]), self.labels[index]
 
 
 class ImageFolder(ImageData):
-    """Your own images: ``root/train`` and, optionally, ``root/test``.
+    """Your own images: ``root/train`` and, optionally, ``root/val`` and ``root/test``.
 
     In each, one folder per class; images directly in it have no label (-1). All are scaled and
     centre-cropped to one square size, by worker processes, since they need not fit in memory.
+    Every type that Pillow reads is an image; what is skipped is counted and reported. Hidden
+    folders and files are left out. ``test`` runs on ``root/val`` where there is no ``root/test``
+    (ImageNet's layout).
 
     Args:
-        root: Folder that holds ``train`` and ``test``; ``None``: the variable LIGHTNING_KD_DATA,
-            else ``data``.
+        root: Folder that holds ``train``, ``val`` and ``test``; ``None``: the variable
+            LIGHTNING_KD_DATA, else ``data``.
         image_size: Side of the images in pixels.
         channels: 3 (colour) or 1 (grey).
         num_workers: Processes that read files.
@@ -52,6 +77,7 @@ class ImageFolder(ImageData):
             sorted. Needed if no image has a label.
         batch_size: Images per batch and process.
         val_split: Held out of the training images for validation: a fraction below 1, or a count.
+            ``None``: the images of ``root/val``, if there is such a folder, else a tenth.
         subset: Use only this many training images: a fraction up to 1, or a count; ``None``: all.
         labelled_fraction: Share of each class whose labels are kept; the others become -1.
         keep_unlabelled: Keep images without a label in training; a baseline leaves them out.
@@ -77,7 +103,7 @@ class ImageFolder(ImageData):
         num_workers: int = 2,
         class_names: list[str] | None = None,
         batch_size: int = 128,
-        val_split: float = 0.1,
+        val_split: float | None = None,
         subset: float | None = None,
         labelled_fraction: float = 1.0,
         keep_unlabelled: bool = True,
@@ -91,7 +117,7 @@ class ImageFolder(ImageData):
         super().__init__(
             root=root,
             batch_size=batch_size,
-            val_split=val_split,
+            val_split=0.1 if val_split is None else val_split,
             subset=subset,
             labelled_fraction=labelled_fraction,
             keep_unlabelled=keep_unlabelled,
@@ -103,6 +129,9 @@ class ImageFolder(ImageData):
             predict_split=predict_split,
             teacher_cache=teacher_cache,
         )
+        self.has_val = val_split is None and (self.root / "val").is_dir()
+        if self.has_val:
+            self.val_split = 0
         self.image_shape = (channels, image_size, image_size)
         self.num_workers = num_workers
         if class_names is None:
@@ -112,7 +141,8 @@ class ImageFolder(ImageData):
                     f"Expected the training images in {folder.resolve()}, found no such folder. "
                     f"Set --data.root."
                 )
-            class_names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+            folders = (p for p in folder.iterdir() if p.is_dir())
+            class_names = sorted(p.name for p in folders if not is_hidden(Path(p.name)))
             if not class_names:
                 raise ValueError(
                     f"Expected one folder per class in {folder}, found none. If the images have no "
@@ -123,11 +153,21 @@ class ImageFolder(ImageData):
 
     def load(self, train: bool) -> tuple[Any, Tensor]:
         """Paths of the images and their labels (N,); the files are read batch by batch."""
-        folder = self.root / ("train" if train else "test")
+        test = "test" if (self.root / "test").is_dir() or not self.has_val else "val"
+        return self._list("train" if train else test)
+
+    def _split(self, images: Any, labels: Tensor) -> tuple[Labelled, Labelled]:
+        train, val = super()._split(images, labels)
+        return train, self._list("val") if self.has_val else val
+
+    def _list(self, split: str) -> tuple[Any, Tensor]:
+        folder = self.root / split
         if not folder.is_dir():
             raise FileNotFoundError(f"Expected images in {folder.resolve()}, found no such folder.")
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        labels = []
+        files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+        suffixes = image_suffixes()
+        images = [p for p in files if p.suffix.lower() in suffixes and not is_hidden(p)]
+        paths, labels = sorted(folder / p for p in images), []
         for path in paths:
             parts = path.relative_to(folder).parts
             name = parts[0] if len(parts) > 1 else None
@@ -137,6 +177,11 @@ class ImageFolder(ImageData):
                     f"{', '.join(self.class_names[:8])}, got {name!r}."
                 )
             labels.append(-1 if name is None else self.class_names.index(name))
+        empty = [name for index, name in enumerate(self.class_names) if index not in set(labels)]
+        if split == "train" and paths and empty and len(empty) < len(self.class_names):
+            rank_zero_warn(f"Classes without an image in {folder}: {', '.join(empty[:8])}.")
+        if skipped := len(files) - len(images):
+            rank_zero_info(f"{folder}: {len(images)} images; {skipped} other files are left out.")
         return paths, torch.tensor(labels, dtype=torch.int64)
 
     def take(self, images: Any, labels: Tensor, indices: Tensor) -> tuple[Any, Tensor]:

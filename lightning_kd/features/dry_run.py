@@ -19,6 +19,14 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def ready_to_train(network: nn.Module) -> nn.Module:
+    """Put a network that is wholly in eval mode, as one with loaded weights is, into train mode.
+
+    One that is partly in eval mode (its BatchNorm is frozen, say) is left as its owner made it.
+    """
+    return network if any(part.training for part in network.modules()) else network.train()
+
+
 def in_precision_of(network: nn.Module, x: Tensor) -> Tensor:
     """Floating-point images in the precision of a network's parameters."""
     precision = next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
@@ -40,11 +48,12 @@ def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: 
     Raises:
         ValueError: If the network cannot take these images, with the likely reason.
     """
+    autocasts = torch.is_autocast_enabled(x.device.type)
     try:
         autocast = torch.autocast(x.device.type, enabled=False)
         with modes_kept(network), torch.no_grad(), autocast:
             network.eval()
-            return call(in_precision_of(network, x))
+            return call(in_precision_of(network, x) if autocasts else x)
     except OutputError:  # already explains what to do
         raise
     except (RuntimeError, ValueError) as error:
@@ -55,6 +64,12 @@ def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: 
                 f" Its first convolution expects {convolution.in_channels} channels, got "
                 f"{x.shape[1]}: build it with in_channels={x.shape[1]}, if it has that option, or "
                 f"change the data."
+            )
+        wanted = in_precision_of(network, torch.empty(0, device=x.device)).dtype
+        if x.dtype != wanted:
+            hint += (
+                f" The images are {x.dtype}, the network is {wanted}: convert them in the data, or "
+                f"in unpack()" + ("." if x.is_floating_point() else ", to [0, 1].")
             )
         first_line = str(error).partition("\n")[0]
         raise ValueError(

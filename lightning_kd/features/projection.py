@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
@@ -29,45 +31,49 @@ class Projection(nn.Module):
 
     def __init__(self, in_shape: Size, out_shape: Size, depth: int = 0) -> None:
         super().__init__()
-        self.size: tuple[int, int] | None = None
-        if len(in_shape) != len(out_shape) or len(in_shape) not in (2, 3, 4):
+        self.size: tuple[int, ...] | None = None
+        if len(in_shape) != len(out_shape) or len(in_shape) not in (2, 3, 4, 5):
             raise ValueError(
-                f"Expected two feature tensors of the same kind, (B, D), (B, N, D) or "
-                f"(B, C, H, W), got {tuple(in_shape)} and {tuple(out_shape)}: choose other layers."
+                f"Expected two feature tensors of the same kind, (B, D), (B, N, D), (B, C, H, W) "
+                f"or (B, C, T, H, W), got {tuple(in_shape)} and {tuple(out_shape)}: choose other "
+                f"layers."
             )
-        maps = len(in_shape) == 4
+        maps, volumes = len(in_shape) > 3, len(in_shape) == 5
+        convolution = nn.Conv3d if volumes else nn.Conv2d
+        norm = nn.BatchNorm3d if volumes else nn.BatchNorm2d
         if maps:
-            self.size = (out_shape[2], out_shape[3])
+            self.size = tuple(out_shape[2:])
         elif in_shape[1:-1] != out_shape[1:-1]:
             raise ValueError(
                 f"Expected sequences of one length, got {in_shape[1]} and {out_shape[1]} tokens."
             )
         width, wanted = (in_shape[1], out_shape[1]) if maps else (in_shape[-1], out_shape[-1])
         # BatchNorm of 1x1 maps cannot take a batch of one sample, as the last batch may be
-        spread = maps and self.size != (1, 1)
+        spread = maps and set(out_shape[2:]) != {1}
         layers: list[nn.Module] = []
         for index in range(depth or 1):
             inputs = wanted if index else width
             if index:
-                layers += [nn.BatchNorm2d(wanted), nn.ReLU()] if spread else [nn.ReLU()]
+                layers += [norm(wanted), nn.ReLU()] if spread else [nn.ReLU()]
             if not maps:
                 layers.append(nn.Linear(inputs, wanted))
             elif depth:
-                layers.append(nn.Conv2d(inputs, wanted, 3, padding=1, bias=index == depth - 1))
+                layers.append(convolution(inputs, wanted, 3, padding=1, bias=index == depth - 1))
             elif spread:
-                layers += [nn.Conv2d(inputs, wanted, 1, bias=False), nn.BatchNorm2d(wanted)]
+                layers += [convolution(inputs, wanted, 1, bias=False), norm(wanted)]
             else:
-                layers.append(nn.Conv2d(inputs, wanted, 1))
+                layers.append(convolution(inputs, wanted, 1))
         self.map: nn.Module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features, shape (B, ...), to ``out_shape``."""
         if self.size is not None and tuple(features.shape[2:]) != self.size:
-            if features.shape[2] >= self.size[0] and features.shape[3] >= self.size[1]:
-                features = F.adaptive_avg_pool2d(features, self.size)
+            larger = all(n >= m for n, m in zip(features.shape[2:], self.size, strict=True))
+            if larger:
+                pool: Any = F.adaptive_avg_pool3d if features.dim() == 5 else F.adaptive_avg_pool2d
+                features = pool(features, self.size)
             else:
-                features = F.interpolate(
-                    features, size=self.size, mode="bilinear", align_corners=False
-                )
+                mode = "trilinear" if features.dim() == 5 else "bilinear"
+                features = F.interpolate(features, size=self.size, mode=mode, align_corners=False)
         mapped: Tensor = self.map(features)
         return mapped

@@ -24,7 +24,9 @@ def mean_over_positions(values: Tensor, target: Tensor) -> Tensor:
 
 def hard_labels(target: Tensor | None) -> Tensor | None:
     """Labels (B, ...) as they are, soft labels (B, K, ...) by argmax; None stays None."""
-    return target.argmax(1) if target is not None and target.is_floating_point() else target
+    if target is None:
+        return None
+    return target.argmax(1) if target.is_floating_point() else target.long()
 
 
 @full_precision
@@ -33,7 +35,7 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
 
     Args:
         logits: Shape (B, K, ...).
-        target: Labels in [0, K), or -1 for "unlabelled", shape (B, ...), int64; or soft labels,
+        target: Labels in [0, K), or -1 for "unlabelled", shape (B, ...), whole; or soft labels,
             probabilities of shape (B, K, ...), floating.
         label_smoothing: Probability mass spread over all classes, in [0, 1).
 
@@ -58,6 +60,7 @@ def task_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
             f"Expected whole numbers as labels, or soft labels of shape {tuple(logits.shape)}, got "
             f"{target.dtype} of shape {tuple(target.shape)}."
         )
+    target = target.long()
     if target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"Expected labels of shape {tuple(logits.shape[:1] + logits.shape[2:])} for logits of "

@@ -170,7 +170,7 @@ def same_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def global_average_pool(features: Tensor) -> Tensor:
-    """Mean over positions: maps (B, C, H, W) and token sequences (B, N, C) become (B, C)."""
-    if features.dim() == 4:
-        return features.mean((2, 3))
+    """Mean over positions: maps (B, C, H, W, ...) and sequences (B, N, C) become (B, C)."""
+    if features.dim() > 3:
+        return features.mean((2, 3)) if features.dim() == 4 else features.flatten(2).mean(2)
     return features.mean(1) if features.dim() == 3 else features

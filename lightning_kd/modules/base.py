@@ -13,10 +13,11 @@ from torchmetrics import Metric, MetricCollection
 from lightning_kd.base_distillation import BaseDistillation, total_loss
 from lightning_kd.distributed import gather_objects
 from lightning_kd.modules.checkpoint_io import load_checked
+from lightning_kd.modules.evaluation import end_evaluation, evaluate
 from lightning_kd.modules.example_input import example_input, plain_defaults, training_images
 from lightning_kd.modules.loss_tracker import LossTracker
-from lightning_kd.modules.metric_logging import collect, log_metrics, update_own
-from lightning_kd.modules.optimizers import make_optimizer
+from lightning_kd.modules.metric_logging import collect
+from lightning_kd.modules.optimizers import make_optimizer, warn_of_untrained
 from lightning_kd.modules.options import keep_options, plain_options
 from lightning_kd.modules.release import release_teachers
 from lightning_kd.modules.rng import rng_state, set_rng_state
@@ -113,6 +114,11 @@ class Distiller(LightningModule):
         """The frozen teachers."""
         return self.distillation.teachers
 
+    @property
+    def losses(self) -> Any:
+        """The distillation losses by name; of a cohort, those of each peer."""
+        return self.distillation.losses
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits for images (B, C, H, W): the student's, or those of a cohort's answer."""
         return self.distillation.output(x).logits
@@ -127,51 +133,39 @@ class Distiller(LightningModule):
         """One step; returns the loss and its named parts, detached for callbacks."""
         x, target = self.unpack(batch)
         losses = self.compute_losses(x, target)
-        return {"loss": total_loss(losses), **self._track(losses, len(x))}
+        return {"loss": total_loss(losses), **self._track(losses, len(x), x)}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure what the networks know, and where they agree."""
-        self._evaluate(batch, "val")
+        evaluate(self, batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure what the networks know, and where they agree."""
-        self._evaluate(batch, "test")
+        evaluate(self, batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """What the task predicts: for classification probabilities, shape (B, K)."""
         return self.task.predict(self.distillation.output(self.unpack(batch)[0]))
 
-    def _track(self, losses: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
+    def _track(
+        self, losses: dict[str, Tensor], samples: int, x: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Count the losses of a step into ``train/<name>``, and check that they are finite."""
         parts = {name: value.detach() for name, value in losses.items()}
         self.loss_tracker.add(parts, self.distillation.scalars(), samples)
         every = getattr(self.trainer, "log_every_n_steps", 0) or 1
         # on a CPU looking costs nothing, on a GPU it waits for the device
         if self.device.type == "cpu" or self.trainer.global_step % every == 0:
-            self.loss_tracker.raise_if_not_finite(self)
+            self.loss_tracker.raise_if_not_finite(self, x)
         if self.trainer.is_last_batch:  # not at the epoch's end, where callbacks come first
             self.loss_tracker.log(self)
         return parts
-
-    def _evaluate(self, batch: Any, stage: str) -> None:
-        x, target = self.unpack(batch)
-        if self.trainer.sanity_checking:  # its batches come again and must not count twice
-            self.distillation.output(x)
-            return
-        collection = self.metrics[stage]
-        assert isinstance(collection, MetricCollection)
-        metrics = dict(collection.items(keep_base=True))
-        own = {name: metrics.pop(name) for name in self._own_names}
-        observe = stage == "val" and self.trainer.state.fn == "fit"
-        output = self.distillation.update_metrics(metrics, x, target, observe)
-        update_own(own, output, self.task.hard_target(target))
-        log_metrics(self, collection, f"{stage}/{self.task.watched}")
 
     # ------------------------------------------------------------------ optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize the parts that are trained; never a teacher."""
-        schedule = self._scheduler, self._scheduler_interval
+        schedule = self._scheduler, self._scheduler_interval, self.task
         return make_optimizer(self.trainable_modules(), self._optimizer, *schedule)
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -206,7 +200,8 @@ class Distiller(LightningModule):
     def _like_input(self, x: Tensor) -> Tensor:
         """Images on the module's device and in its precision, for a dry run."""
         floats = (p.dtype for p in self.parameters() if p.is_floating_point())
-        return x.to(self.device, next(floats, torch.float32))
+        precision = next(floats, torch.float32) if x.is_floating_point() else x.dtype
+        return x.to(self.device, precision)
 
     def on_fit_start(self) -> None:
         """Begin with nothing that an earlier run has left."""
@@ -242,6 +237,7 @@ class Distiller(LightningModule):
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
+        warn_of_untrained(self, self.trainable_modules())
         # a checkpoint that was only loaded, not resumed, leaves the user's seed alone
         if self._rng is not None and self.trainer.ckpt_path is not None:
             own = self.global_rank if len(self._rng) == self.trainer.world_size else 0
@@ -254,8 +250,13 @@ class Distiller(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Let weightings and exchanges learn from what a validation inside a fit showed."""
+        end_evaluation(self, "val")
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             self.distillation.after_validation()
+
+    def on_test_epoch_end(self) -> None:
+        """Take back what nothing was measured of."""
+        end_evaluation(self, "test")
 
     def on_validation_end(self) -> None:
         """Remember the scores, which a test clears."""

@@ -20,15 +20,15 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
     """One image of the shape that the data has, (1, C, H, W), without disturbing any generator.
 
     Raises:
-        ValueError: If the data is empty.
+        ValueError: If the data is empty, or images have another precision than the Trainer.
     """
     trainer = module.trainer
     datamodule: Any = getattr(trainer, "datamodule", None)
     shape = getattr(datamodule, "image_shape", None)
-    if shape is not None:
-        return torch.zeros(1, *shape)
-    if isinstance(module.example_input_array, Tensor):
-        return module.example_input_array
+    convert: Any = trainer.precision_plugin.convert_input
+    given = torch.zeros(1, *shape) if shape is not None else module.example_input_array
+    if isinstance(given, Tensor):
+        return given
     loop: Any = {
         "fit": trainer.fit_loop,
         "validate": trainer.validate_loop,
@@ -38,7 +38,14 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
     with isolate_rng():
         batch = _first_batch(loop._data_source.dataloader(), together=loop is trainer.fit_loop)
         batch = (datamodule or module).on_after_batch_transfer(batch, 0)
-    return unpack(batch)[0][:1]
+    x = unpack(batch)[0][:1]
+    wanted, got = convert(torch.zeros(1, dtype=torch.float32)).dtype, convert(x).dtype
+    if x.is_floating_point() and got != wanted:
+        raise ValueError(
+            f"Expected images as this Trainer has them, {wanted}, got {got}: convert them in the "
+            f"data, or in unpack()."
+        )
+    return x
 
 
 def _first_batch(loaders: Any, together: bool) -> Any:

@@ -57,8 +57,13 @@ class LossTracker:
                 sync_dist=True,
             )  # fmt: skip
 
-    def raise_if_not_finite(self, module: LightningModule) -> None:
-        """Raise ``FloatingPointError`` if a loss was NaN or infinite since the last call."""
+    def raise_if_not_finite(self, module: LightningModule, x: Tensor | None = None) -> None:
+        """Raise ``FloatingPointError`` if a loss was NaN or infinite since the last call.
+
+        Args:
+            module: Whose losses they are.
+            x: The last batch of images, if it may be the cause.
+        """
         broken = [
             name
             for names, bad in self._bad.items()
@@ -67,6 +72,13 @@ class LossTracker:
             if flag
         ]
         self._bad = {}
+        if broken and x is not None and not torch.isfinite(x).all():
+            count = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+            raise FloatingPointError(
+                f"Expected finite images, got {count} of {len(x)} with NaN or infinity in epoch "
+                f"{module.current_epoch}, step {module.trainer.global_step}: mend the data (loss "
+                f"{', '.join(broken)} became NaN or infinite).{last_checkpoint(module.trainer)}"
+            )
         if broken:
             clip = ""
             if module.automatic_optimization:

@@ -141,7 +141,7 @@ class PeerCohort(Distiller):
             by_hand(optimizer, losses, self.peers.networks)
         self.distillation.after_step()
         step_schedules(self, self._scheduler_interval)
-        return self._track(losses, len(x))
+        return self._track(losses, len(x), x)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Let the exchange see the peers after each step, before a callback may save them."""

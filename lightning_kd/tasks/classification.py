@@ -35,10 +35,26 @@ class Classification(Task):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"Expected label_smoothing in [0, 1), got {label_smoothing}.")
         self.label_smoothing = label_smoothing
+        self._looked = False
 
     def loss(self, output: NetworkOutput, target: Tensor) -> Tensor:
         """Cross-entropy of each sample, shape (B,), 0 where it has no label."""
+        if target.is_floating_point():
+            self._check_soft(target)
         return task_cross_entropy(output.logits, target, self.label_smoothing)
+
+    def _check_soft(self, target: Tensor) -> None:
+        # on a GPU a look waits for the device: once
+        if self._looked and target.device.type != "cpu":
+            return
+        self._looked = True
+        sums = target.sum(1)
+        if not bool(((sums - 1).abs() < 0.01).all()):
+            raise ValueError(
+                f"Expected soft labels that sum to 1 over the classes, got sums from "
+                f"{float(sums.min()):.3g} to {float(sums.max()):.3g}: several labels an image are "
+                f"no Classification, whose classes exclude each other, but a MultiLabel task."
+            )
 
     def class_logits(self, output: NetworkOutput) -> Tensor:
         """The logits themselves."""
@@ -58,6 +74,11 @@ class Classification(Task):
         named = {f"teacher {m}": teacher for m, teacher in enumerate(teachers)}
         counts = {name: output.logits.shape[1] for name, output in {**students, **named}.items()}
         first, own = next(iter(counts.items()))
+        if own < 2:
+            raise ValueError(
+                f"Expected {first} to have two or more outputs, one for each class, got {own}: "
+                f"with a single one every loss is 0. For two classes set num_classes to 2."
+            )
         if num_classes is not None and own != num_classes:
             raise ValueError(
                 f"Expected {first} to have {num_classes} classes, as the data has, got {own}: set "

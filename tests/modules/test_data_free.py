@@ -476,7 +476,9 @@ def test_any_number_of_processes_goes_on_with_the_newest(monkeypatch, build, bef
         monkeypatch.setattr("lightning_kd.callbacks.replay_buffer.world_size", lambda: after)
         buffer = ReplayBuffer(capacity)
         buffer.load_state_dict(state)
-        buffer.on_train_start(SimpleNamespace(global_rank=rank), build(num_classes=10))
+        buffer.on_train_start(
+            SimpleNamespace(global_rank=rank, ckpt_path="a.ckpt"), build(num_classes=10)
+        )
         assert len(buffer.memory) <= capacity // after
         ages = buffer.memory.images[:, 0, 0, 0].roll(-buffer.memory.position, 0).tolist()
         assert ages == sorted(ages)  # the oldest goes first
