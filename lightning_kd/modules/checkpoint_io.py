@@ -70,8 +70,16 @@ def load_checked(
     own = {k: v for k, v in read_options(path).items() if k not in options}
     check_options(own, trust)
     options["weights_only"] = True
-    with bounded_by_memory():
-        return load(path, *arguments, **options)
+    with bounded_by_memory() as exceeded:
+        try:
+            return load(path, *arguments, **options)
+        except ValueError as error:
+            if exceeded:
+                raise ValueError(
+                    f"Expected options that fit the weights in {path}, but of the network that "
+                    f"they name {exceeded[0]}."
+                ) from error
+            raise
 
 
 def read_options(path: Any) -> dict[str, Any]:

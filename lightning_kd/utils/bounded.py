@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ SPARE = 2**22
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Look at the size of each result on the meta device before it is computed."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int, exceeded: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.left = elements
+        self.left, self.exceeded = elements, exceeded
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -46,7 +46,13 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = sketch if isinstance(sketch, (list, tuple)) else [sketch]
         self.left -= sum(each.numel() for each in results if isinstance(each, Tensor))
         if self.left < 0:
-            raise ValueError("its tensors are far larger than the weights")
+            refuse("its tensors are far larger than the weights", self.exceeded)
+
+
+def refuse(why: str, exceeded: list[str]) -> NoReturn:
+    """Raise ``ValueError``, and note it."""
+    exceeded.append(why)
+    raise ValueError(why)
 
 
 def _sketch(tensor: Tensor) -> Tensor:
@@ -54,23 +60,26 @@ def _sketch(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def bounded(elements: int, tensors: int) -> Iterator[None]:
+def bounded(elements: int, tensors: int) -> Iterator[list[str]]:
     """Inside, networks may be built that are about as large as these weights, and no larger.
 
     Args:
         elements: How many numbers the weights hold, or bytes their file.
         tensors: In how many tensors.
 
+    Yields:
+        A list, empty until the error is raised, which may be caught on its way.
+
     Raises:
         ValueError: At the first tensor or layer that exceeds a generous multiple of them.
     """
-    left = 50 * tensors + 5_000
+    left, exceeded = 50 * tensors + 5_000, list[str]()
 
     def count(*_: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError("it has far more layers than the weights")
+            refuse("it has far more layers than the weights", exceeded)
 
     hooks = [
         registration.register_module_parameter_registration_hook(count),
@@ -78,14 +87,14 @@ def bounded(elements: int, tensors: int) -> Iterator[None]:
         registration.register_module_buffer_registration_hook(count),
     ]
     try:
-        with _Bounded(5 * elements + SPARE):
-            yield
+        with _Bounded(5 * elements + SPARE, exceeded):
+            yield exceeded
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def bounded_by_memory() -> AbstractContextManager[None]:
+def bounded_by_memory() -> AbstractContextManager[list[str]]:
     """``bounded`` by what this machine can hold, where the size of the weights is not known."""
     return bounded(physical_memory() // 20, 20_000)
 
