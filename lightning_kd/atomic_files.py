@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pickle
+import platform
+import re
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,8 @@ import torch
 
 #: what torch raises if a checkpoint is damaged
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OSError)
+#: of this machine, in names of files
+HOST = re.sub(r"\W", "_", platform.node()) or "host"
 ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
@@ -25,10 +31,13 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be written; an earlier file of that name stays.
     """
-    aside = path.with_name(f".{path.name}.partial")  # overwritten, if a killed run left one
+    # of this writer alone: two that share a name would mix what they write
+    aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        _remove_left_behind(path)
+        aside.unlink(missing_ok=True)  # of a killed process that had the same number
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,6 +51,24 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove partial files of that name that killed processes of this machine have left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{HOST}-*.partial"):
+        owner = left.name.rpartition("-")[0].rpartition("-")[2]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ import pickle
 import resource
 import signal
 import struct
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_kd.atomic_files import write_atomically, written_atomically
+from lightning_kd.atomic_files import HOST, write_atomically, written_atomically
 from lightning_kd.callbacks import SaveOnSigterm
 from lightning_kd.callbacks import keep_freed_memory as memory
 from lightning_kd.cli import main
@@ -213,3 +214,49 @@ def test_absurd_sizes_in_a_safetensors_file_are_refused(size, tmp_path):
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ValueError, match="truncated or not a safetensors"):
         pretrained(str(path), resnet8())
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    """Whoever is last wins, and every reader finds one of them whole."""
+    path, seen, done = tmp_path / "f", set(), threading.Event()
+
+    def write(letter):
+        for _ in range(60):
+            write_atomically(path, letter * 200_000)
+
+    write(b"a")
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    for thread in (reader, *writers):
+        thread.start()
+    for writer in writers:
+        writer.join()
+    done.set()
+    reader.join()
+    assert seen <= {letter * 200_000 for letter in (b"a", b"b", b"c")}
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    dead, alive = f".f.{HOST}-999999999-1.partial", f".f.{HOST}-{os.getppid()}-1.partial"
+    other = ".f.elsewhere-999999999-1.partial"
+    for name in (dead, alive, other):
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "f", b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["f", alive, other])
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    name = f".f.{HOST}-{os.getpid()}-{threading.get_ident()}.partial"
+    (tmp_path / name).symlink_to(victim)
+    write_atomically(tmp_path / "f", b"x")
+    (tmp_path / "g").symlink_to(victim)
+    write_atomically(tmp_path / "g", b"x")
+    assert victim.read_bytes() == b"mine"

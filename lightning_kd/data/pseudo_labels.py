@@ -47,6 +47,7 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
                     file.get_tensor("indices"), file.get_tensor("probabilities"),
                 )  # fmt: skip
             files, count, run = int(facts["files"]), int(facts["images"]), run or facts["run"]
+            _check(indices, probabilities, count)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a file of pseudo-labels: {error}"
@@ -58,6 +59,10 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
                 f"{path} is about other images than these: give the data the root, split_seed, "
                 f"val_split, subset, classes, labelled_fraction and keep_unlabelled that it had "
                 f"under lightning-kd predict."
+            )
+        if found is not None and probabilities.shape[1:] != found.shape[1:]:
+            raise ValueError(
+                f"Expected {found.shape[1]} classes in {path}, got {probabilities.shape[1]}."
             )
         if found is None:
             found = torch.zeros(count, probabilities.shape[1])
@@ -73,3 +78,17 @@ def read_pseudo_labels(folder: Path, fingerprint: str) -> Tensor:
             f"{int(covered.sum())}: {advice}"
         )
     return found
+
+
+def _check(indices: Tensor, probabilities: Tensor, count: int) -> None:
+    if indices.dtype != torch.int64 or indices.dim() != 1 or not 0 < count < 2**32:
+        raise ValueError(f"indices {tuple(indices.shape)} of {indices.dtype} into {count} images")
+    if not probabilities.is_floating_point() or probabilities.dim() != 2:
+        raise ValueError(f"probabilities {tuple(probabilities.shape)} of {probabilities.dtype}")
+    if len(indices) != len(probabilities) or len(indices) > count:
+        raise ValueError(f"{len(probabilities)} rows for {len(indices)} of {count} images")
+    if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < count):
+        raise ValueError(f"an image's number is not from 0 to {count - 1}")
+    sums = probabilities.float().sum(1)
+    if not bool(((sums - 1).abs() < 0.02).all() and (probabilities >= 0).all()):  # NaN is neither
+        raise ValueError("rows are not probabilities that sum to 1")

@@ -97,7 +97,7 @@ class TeacherCache:
             return False
         try:
             found = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: delete {self.folder}. ({error})") from error
         wanted = {**facts, "images": images}
         found = found if isinstance(found, dict) else {}

@@ -146,6 +146,7 @@ class Memory:
         Raises:
             ValueError: If they do not fit.
         """
+        self._check(state)
         images, logits = state["images"], state["logits"]
         if self.capacity is not None and len(images) > self.capacity:
             raise ValueError(
@@ -173,6 +174,29 @@ class Memory:
         )
 
     # ------------------------------------------------------------------ parts
+
+    def _check(self, state: dict[str, Any]) -> None:
+        images, logits, priorities = (state.get(n) for n in ("images", "logits", "priorities"))
+        if not isinstance(images, Tensor) or not len(images):
+            return
+        fits = (
+            isinstance(logits, Tensor)
+            and isinstance(priorities, Tensor)
+            and images.dtype == torch.uint8
+            and images.dim() == 4
+            and logits.is_floating_point()
+            and logits.shape == (len(images), len(self.counts))
+            and priorities.is_floating_point()
+            and priorities.shape == (len(images),)
+            and bool(torch.isfinite(logits).all() and torch.isfinite(priorities).all())
+            and isinstance(state.get("position", 0), int)
+        )
+        if not fits:
+            raise ValueError(
+                f"Expected remembered images (N, C, H, W) as bytes, finite logits (N, "
+                f"{len(self.counts)}) and priorities (N,) in the checkpoint, got others: it is "
+                f"damaged, or of another data set."
+            )
 
     def _make_room(self, images: Tensor, logits: Tensor) -> None:
         wanted = self.capacity or self.size + len(images)
