@@ -4,10 +4,11 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 from torchmetrics import MeanMetric
 
 from lightning_kd import DataFree, MultiTeacher, PeerCohort, SubTeacher, Supervised
@@ -314,3 +315,106 @@ def test_a_class_without_an_image_is_reported(tmp_path):
     (tmp_path / "train" / "c").mkdir()
     with pytest.warns(UserWarning, match=r"Classes without an image in .*: c"):
         folder(tmp_path).setup("fit")
+
+
+# ---------------------------------------------------------------- loaders
+
+
+class ByTuples(Dataset):
+    """Is asked for an image by more than its number."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, key):
+        index, mirrored = key
+        return (X[index].flip(-1) if mirrored else X[index]), Y[index]
+
+
+class Pairs(Sampler):
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return ((i, i % 2 == 0) for i in range(64))
+
+
+def without_broken(batch):
+    return default_collate([each for each in batch if each is not None])
+
+
+def mixed(batch):
+    """As timm's Mixup: only of an even number of images."""
+    images, labels = default_collate(batch)
+    assert len(images) % 2 == 0
+    targets = soft(labels)
+    return (images + images.flip(0)) / 2, (targets + targets.flip(0)) / 2
+
+
+LOADERS = {
+    "mixup": lambda: DataLoader(TensorDataset(X, Y), 16, collate_fn=mixed),
+    "sampler_of_tuples": lambda: DataLoader(ByTuples(), 16, sampler=Pairs()),
+    "first_image_broken": lambda: DataLoader(
+        [None, *zip(X, Y, strict=True)], 16, collate_fn=without_broken
+    ),
+    "one_shot_stream": lambda: ((X[:16], Y[:16]) for _ in range(4)),
+    "shuffled": lambda: DataLoader(
+        TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_look_at_the_first_batch_disturbs_no_loader(kind, make_trainer):
+    """Training sees what it sees without the look, in the same order."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.batches.append(batch[0].clone())
+
+    runs = []
+    for look in (True, False):
+        module = MultiTeacher(TinyNet(), [TinyNet(8)])
+        if not look:
+            module.example_input_array = X[:1]
+        seen = Seen()
+        torch.manual_seed(0)
+        make_trainer(max_epochs=1, callbacks=[seen]).fit(module, LOADERS[kind]())
+        runs.append(seen.batches)
+    assert len(runs[0]) == len(runs[1]) >= 4
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_loader_that_fails_is_told_how_to_do_without(make_trainer):
+    def broken(batch):
+        raise KeyError("image")
+
+    loader = DataLoader(TensorDataset(X, Y), 16, collate_fn=broken)
+    with pytest.raises(ValueError, match="set example_input_array"):
+        make_trainer(max_epochs=1).fit(MultiTeacher(TinyNet(), [TinyNet(8)]), loader)
+
+
+# ---------------------------------------------------------------- teachers that are programs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["script", "trace", "export"])
+def test_programs_teach(kind, make_trainer):
+    network = TinyNet(8).eval()
+    make = {
+        "script": lambda: torch.jit.script(network),
+        "trace": lambda: torch.jit.trace(network, X[:2]),
+        "export": lambda: torch.export.export(
+            network, (X[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        ).module(),
+    }
+    module = MultiTeacher(TinyNet(), [make[kind]()])
+    (taught,) = module.distillation.teacher_outputs(X)
+    torch.testing.assert_close(taught.logits, network(X))
+    assert not any(p.requires_grad for p in module.teachers[0].network.parameters())
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, load(X, Y), load(X, Y))
+    assert torch.isfinite(trainer.callback_metrics["train/soft_target"])

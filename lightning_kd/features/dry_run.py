@@ -27,6 +27,15 @@ def ready_to_train(network: nn.Module) -> nn.Module:
     return network if any(part.training for part in network.modules()) else network.train()
 
 
+def put_in_eval(network: nn.Module) -> None:
+    """Put a network in eval mode; a program of ``torch.export``, which refuses it, has no modes."""
+    try:
+        network.eval()
+    except NotImplementedError:
+        for part in network.modules():
+            part.training = False
+
+
 def in_precision_of(network: nn.Module, x: Tensor) -> Tensor:
     """Floating-point images in the precision of a network's parameters."""
     precision = next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
@@ -52,7 +61,7 @@ def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: 
     try:
         autocast = torch.autocast(x.device.type, enabled=False)
         with modes_kept(network), torch.no_grad(), autocast:
-            network.eval()
+            put_in_eval(network)
             return call(in_precision_of(network, x) if autocasts else x)
     except OutputError:  # already explains what to do
         raise

@@ -35,8 +35,9 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
         "test": trainer.test_loop,
         "predict": trainer.predict_loop,
     }[str(trainer.state.fn and trainer.state.fn.value)]
+    source = loop._data_source
     with isolate_rng():
-        batch = _first_batch(loop._data_source.dataloader(), together=loop is trainer.fit_loop)
+        batch = _first_batch(source, together=loop is trainer.fit_loop)
         batch = (datamodule or module).on_after_batch_transfer(batch, 0)
     x = unpack(batch)[0][:1]
     wanted, got = convert(torch.zeros(1, dtype=torch.float32)).dtype, convert(x).dtype
@@ -48,8 +49,13 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
     return x
 
 
-def _first_batch(loaders: Any, together: bool) -> Any:
+def _first_batch(source: Any, together: bool) -> Any:
     """First batch as a loop sees it: training gets that of all loaders ``together``."""
+    loaders = source.dataloader()
+    if isinstance(loaders, Iterator):  # there is no second pass: hand the batch back
+        batch = _first(loaders)
+        source.instance, source.name = itertools.chain([batch], loaders), ""
+        return batch
     loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
     leaves, structure = tree_flatten(loaders)
     if not together:
@@ -58,16 +64,44 @@ def _first_batch(loaders: Any, together: bool) -> Any:
 
 
 def _first(loader: Any) -> Any:
-    dataset = getattr(loader, "dataset", None)
-    mapped = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
-    if mapped and getattr(loader, "batch_sampler", None) is not None:
-        if not len(dataset):  # type: ignore[arg-type]
-            raise ValueError("Expected data, got an empty dataset: check its path and filters.")
-        return loader.collate_fn([dataset[0]])  # type: ignore[index]  # no worker starts
-    batch = next(iter(loader), None)
+    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+    try:
+        if sampler is None or isinstance(dataset, IterableDataset):
+            batch = next(iter(loader), None)
+        else:  # as the loader does, but no worker starts
+            if hasattr(dataset, "__len__") and not len(dataset):  # type: ignore[arg-type]
+                raise _empty("an empty dataset: check its path and filters")
+            with _generators_kept(loader):
+                places = next(iter(sampler), None)
+            batch = places and loader.collate_fn([dataset[place] for place in places])  # type: ignore[index]
+    except (TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected a first batch from {type(loader).__name__}, to see the shape of the images, "
+            f"got {type(error).__name__}: {error}. If the data is right, set example_input_array "
+            f"of the module to one image, shape (1, C, H, W)."
+        ) from error
     if batch is None:
-        raise ValueError("Expected data, got a loader without a batch.")
+        raise _empty("a loader without a batch")
     return batch
+
+
+def _empty(got: str) -> ValueError:
+    return ValueError(f"Expected data, got {got}.")
+
+
+@contextlib.contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """Inside, indices may be drawn; the generators of a loader and its samplers do not move."""
+    batch_sampler = loader.batch_sampler
+    owners = (loader, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    generators = [each for each in found if isinstance(each, torch.Generator)]
+    states = [each.get_state() for each in generators]
+    try:
+        yield
+    finally:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
 
 
 def training_images(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_kd.features import OutputError, Tap, Tapped
+from lightning_kd.features import OutputError, Tap, Tapped, put_in_eval
 from lightning_kd.outputs import NetworkOutput
 
 #: requires_grad of each parameter, mode of each part, and its tensors where they were cast, as they
@@ -82,7 +82,9 @@ class Teacher(nn.Module):
         for part in self.network.modules():
             if part not in _TRAINING:
                 _TRAINING[part] = part.training
-        self.network.eval().requires_grad_(False)
+        put_in_eval(self.network)
+        for parameter in self.network.parameters():  # a scripted network has no such method
+            parameter.requires_grad_(False)
 
     def release(self) -> None:
         """Give the network back as it was: modes, ``requires_grad``, values that were cast."""
