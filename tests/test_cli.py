@@ -368,3 +368,14 @@ def test_a_resumed_run_remembers_which_epoch_was_best(tmp_path):
     assert Path(keeper.best_model_path) == best
     assert float(keeper.best_model_score) == 2.0
     assert len(list((folder / "lightning_logs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_measuring_what_no_run_has_trained_is_said(command, fit, tmp_path, recwarn):
+    fit()
+    config = str(tmp_path / "run" / "config.yaml")
+    with pytest.warns(UserWarning, match=f"{command} without --ckpt_path"):
+        main([command, "-c", config])
+    recwarn.clear()
+    main([command, "-c", config, f"--ckpt_path={next((tmp_path / 'run').rglob('last.ckpt'))}"])
+    assert not [w for w in recwarn if "without --ckpt_path" in str(w.message)]

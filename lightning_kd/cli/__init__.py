@@ -122,6 +122,18 @@ class DistillationCLI(LightningCLI):
 
     before_predict = before_fit
 
+    def before_test(self) -> None:
+        """Say so where nothing that was trained is measured."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if not config.get("ckpt_path"):
+            rank_zero_warn(
+                f"{self.subcommand} without --ckpt_path: networks are measured as they are built, "
+                f"with the weights of lightning_kd.models.pretrained where it is named, not as a "
+                f"run has trained them."
+            )
+
+    before_validate = before_test
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, whose checkpoints are never half-written."""
         config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]

@@ -12,7 +12,7 @@ from lightning_kd.modules.base import Distiller
 from lightning_kd.modules.manual_steps import refuse_own_losses, step, step_schedules
 from lightning_kd.modules.updates import alternating_update, game_optimizers, sequential_update
 from lightning_kd.peers import Peers
-from lightning_kd.utils.checks import check_one_of
+from lightning_kd.utils.checks import check_one_of, check_positive
 from lightning_kd.weighting import Weighting
 
 Update = Literal["simultaneous", "sequential", "alternating"]
@@ -87,6 +87,8 @@ class PeerCohort(Distiller):
         self._refuse(update, batched)
         if update != "simultaneous":
             refuse_own_losses(self)
+        if clip_norm is not None:
+            check_positive(clip_norm, "clip_norm")
         self.clip_norm = clip_norm
         self.distillation.update = update
         self.automatic_optimization = update == "simultaneous" and clip_norm is None

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import MultiTeacher, Supervised
+from lightning_kd import MultiTeacher, PeerCohort, Supervised
 from lightning_kd.losses import Hint, SoftTarget
 from lightning_kd.models import resnet8
 from lightning_kd.weighting import Weighting
@@ -133,3 +133,9 @@ def test_losses_that_are_no_list_are_reported(make_module):
         match="Expected a list of losses, or a mapping of names to losses, got SoftTarget",
     ):
         make_module(losses=SoftTarget())
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, float("nan"), float("inf")])
+def test_a_norm_to_clip_to_is_positive_and_finite(norm, tiny):
+    with pytest.raises(ValueError, match="clip_norm > 0 and finite"):
+        PeerCohort([tiny(), tiny()], clip_norm=norm)
