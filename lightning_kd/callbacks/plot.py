@@ -8,6 +8,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_kd.atomic_files import written_atomically
 
+#: a curve that another one may cover
+BROAD: dict[str, Any] = {"linewidth": 5, "alpha": 0.4}
+
 
 def plot_report(report: dict[str, Any], path: Path) -> bool:
     """Draw losses and accuracies by epoch.
@@ -22,6 +25,7 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         rank_zero_warn("report.png needs matplotlib: pip install 'lightning-kd[plot]'.")
         return False
@@ -36,7 +40,8 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
 
     logged = sorted({k for row in history for k in row})
     for key in (k for k in logged if k.startswith("train/") and "/trust_" not in k):
-        losses.plot(*series(key), marker=".", label=key.removeprefix("train/"))
+        broad = BROAD if key == "train/loss" else {}  # the sum may lie on its largest part
+        losses.plot(*series(key), marker=".", label=key.removeprefix("train/"), **broad)
     if any(key == "val/loss" for row in history for key in row):
         losses.plot(*series("val/loss"), marker=".", linestyle="--", label="val: cross-entropy")
     losses.set(xlabel="epoch", ylabel="weighted loss", title="Losses")
@@ -54,14 +59,15 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
     for key, label in curves:
         x, y = series(key)
         if x:
-            accuracies.plot(x, [100 * v for v in y], marker=".", label=label)
+            broad = BROAD if key == "val/accuracy" else {}
+            accuracies.plot(x, [100 * v for v in y], marker=".", label=label, **broad)
             drawn = True
     for index, teacher in enumerate(report["teachers"]):
         _, y = series(f"val/teacher_{index}/accuracy")
         if y:
             accuracies.axhline(
                 100 * y[-1],
-                linestyle=":",
+                linestyle=(4 * index, (3, 9)),  # several at one height are all seen
                 color=f"C{index + 2}",
                 label=f"teacher {index}: {teacher['name']}",
             )
@@ -81,7 +87,11 @@ def plot_report(report: dict[str, Any], path: Path) -> bool:
         accuracies.legend(**beside)
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if epochs and epochs[0] == epochs[-1]:  # one epoch, not a part of one
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+    top = accuracies.get_ylim()[1]
+    accuracies.set_ylim(top=min(top, 102))
     FigureCanvasAgg(figure)
     with written_atomically(path) as file:
         figure.savefig(file, dpi=120, format="png")
