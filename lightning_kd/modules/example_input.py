@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import IterableDataset
+from torch.utils.data import BatchSampler, IterableDataset
 
 
 def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor, Any]]) -> Tensor:
@@ -52,7 +52,8 @@ def example_input(module: LightningModule, unpack: Callable[[Any], tuple[Tensor,
 def _first_batch(source: Any, together: bool) -> Any:
     """First batch as a loop sees it: training gets that of all loaders ``together``."""
     loaders = source.dataloader()
-    if isinstance(loaders, Iterator):  # there is no second pass: hand the batch back
+    once = isinstance(loaders, Iterator) and not isinstance(loaders, CombinedLoader)
+    if once:  # there is no second pass: hand the batch back
         batch = _first(loaders)
         source.instance, source.name = itertools.chain([batch], loaders), ""
         return batch
@@ -71,6 +72,9 @@ def _first(loader: Any) -> Any:
         else:  # as the loader does, but no worker starts
             if hasattr(dataset, "__len__") and not len(dataset):  # type: ignore[arg-type]
                 raise _empty("an empty dataset: check its path and filters")
+            if type(sampler) is not BatchSampler:  # one of the user's own may count what it gives
+                with contextlib.suppress(Exception):
+                    return loader.collate_fn([dataset[0]])  # type: ignore[index]
             with _generators_kept(loader):
                 places = next(iter(sampler), None)
             batch = places and loader.collate_fn([dataset[place] for place in places])  # type: ignore[index]
