@@ -66,8 +66,8 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
-        return True
+    except OSError:
+        pass  # of another user
     return True
 
 

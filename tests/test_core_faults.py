@@ -264,3 +264,16 @@ def test_a_gate_that_measured_can_be_copied():
     parts.update_metrics(parts.metrics(), X, Y, observe=False)
     copy.deepcopy(parts)
     pickle.dumps(parts.weighting)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_teacher_at_lower_cost_is_whole_again_after_release(offload):
+    network = TinyNet(8).eval()
+    expected, before = network(X), state_of(network)
+    teacher = Teacher(network)
+    teacher.reduce_cost(torch.bfloat16, offload)
+    assert not torch.equal(teacher(X).logits, expected)
+    teacher.release()
+    assert_same_state(state_of(network), before)
+    assert teacher._dtype == (torch.float32 if offload else None)  # what images are cast to
+    torch.testing.assert_close(teacher(X).logits, expected, rtol=0, atol=0)

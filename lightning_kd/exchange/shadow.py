@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +69,7 @@ class Shadowed(Exchange):
     def before_peers(self, views: Sequence[Tensor]) -> None:
         """Warn where the shadow is never moved."""
         self._passes += self.training
-        if self._passes == PATIENCE:
+        if self._passes == PATIENCE and not self.steps:
             warnings.warn(
                 f"{type(self).__name__} was run {PATIENCE} times, and its copies of the peers were "
                 f"never moved: call after_step() after each optimizer step.",
@@ -80,7 +79,6 @@ class Shadowed(Exchange):
     def after_step(self, peers: nn.Module) -> None:
         """Count the step."""
         self.steps += 1
-        self._passes = -sys.maxsize  # nobody forgot
 
     def get_extra_state(self) -> dict[str, Any]:
         """Number of steps so far, for the checkpoint."""

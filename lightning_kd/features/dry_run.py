@@ -52,7 +52,7 @@ class OutputError(ValueError):
 def dry_run(name: str, network: nn.Module, call: Callable[[Tensor], Output], x: Tensor) -> Output:
     """Run ``call(x)`` without gradient or autocast, with ``network`` temporarily in eval mode.
 
-    Images are given in the network's own precision, so that what is sized by its outputs has it.
+    What is sized by its outputs then has the network's own precision, not that of autocast.
 
     Raises:
         ValueError: If the network cannot take these images, with the likely reason.

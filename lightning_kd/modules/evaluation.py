@@ -22,15 +22,13 @@ def evaluate(module: Any, batch: Any, stage: str, loader: int) -> None:
     if module.trainer.sanity_checking:  # its batches come again and must not count twice
         core.output(x)
         return
-    every = collection_of(module, stage, loader)
+    key, every = collection_of(module, stage, loader)
     metrics = dict(every)
     own = {name: metrics.pop(name) for name in (*module._own_names, BATCHES, LABELLED)}
     observe = stage == "val" and module.trainer.state.fn == "fit" and not loader
     output = core.update_metrics(metrics, x, target, observe)
     update_own(own, output, module.task.hard_target(target))
-    shown = {name: metric for name, metric in every.items() if name not in (BATCHES, LABELLED)}
-    key = f"{stage}/{loader}" if loader else stage
-    log_metrics(module, shown, key, f"{stage}/{module.task.watched}")
+    log_metrics(module, every, key, f"{stage}/{module.task.watched}")
 
 
 def end_evaluation(module: Any, stage: str) -> None:

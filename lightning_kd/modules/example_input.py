@@ -65,19 +65,20 @@ def _first_batch(source: Any, together: bool) -> Any:
 
 
 def _first(loader: Any) -> Any:
-    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    sampler = getattr(loader, "batch_sampler", None)
     try:
         if sampler is None or isinstance(dataset, IterableDataset):
             batch = next(iter(loader), None)
         else:  # as the loader does, but no worker starts
-            if hasattr(dataset, "__len__") and not len(dataset):  # type: ignore[arg-type]
+            if hasattr(dataset, "__len__") and not len(dataset):
                 raise _empty("an empty dataset: check its path and filters")
             if type(sampler) is not BatchSampler:  # one of the user's own may count what it gives
                 with contextlib.suppress(Exception):
-                    return loader.collate_fn([dataset[0]])  # type: ignore[index]
+                    return loader.collate_fn([dataset[0]])
             with _generators_kept(loader):
                 places = next(iter(sampler), None)
-            batch = places and loader.collate_fn([dataset[place] for place in places])  # type: ignore[index]
+            batch = places and loader.collate_fn([dataset[place] for place in places])
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(
             f"Expected a first batch from {type(loader).__name__}, to see the shape of the images, "

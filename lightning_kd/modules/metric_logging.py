@@ -70,13 +70,15 @@ def update_own(metrics: Mapping[str, Metric], output: NetworkOutput, target: Ten
             ) from error
 
 
-def collection_of(module: LightningModule, stage: str, loader: int) -> dict[str, Metric]:
-    """Metrics of one loader by name; those of the first are ``<stage>/...``, of others as well.
+def collection_of(
+    module: LightningModule, stage: str, loader: int
+) -> tuple[str, dict[str, Metric]]:
+    """Key in the log, and metrics by name, of one loader.
 
     Args:
         module: Its ``metrics`` are those of ``collect``; another loader's are added to them.
         stage: ``"val"`` or ``"test"``.
-        loader: Which of several; its metrics are ``<stage>/<loader>/...`` from the second one on.
+        loader: Which of several; its key is ``<stage>/<loader>`` from the second one on.
     """
     key, all_metrics = f"{stage}/{loader}" if loader else stage, module.metrics
     assert isinstance(all_metrics, nn.ModuleDict)
@@ -88,13 +90,13 @@ def collection_of(module: LightningModule, stage: str, loader: int) -> dict[str,
         all_metrics[key].reset()  # type: ignore[operator]
     collection = all_metrics[key]
     assert isinstance(collection, MetricCollection)
-    return dict(collection.items(keep_base=True))
+    return key, dict(collection.items(keep_base=True))
 
 
 def log_metrics(module: LightningModule, metrics: Mapping[str, Metric], key: str, bar: str) -> None:
     """Log metrics as objects, not values: Lightning computes and resets them over all processes."""
     for name, metric in metrics.items():
-        if metric.update_called:
+        if metric.update_called and name not in (BATCHES, LABELLED):
             module.log(
                 f"{key}/{name}", metric, on_step=False, on_epoch=True,
                 prog_bar=f"{key}/{name}" == bar, add_dataloader_idx=False,

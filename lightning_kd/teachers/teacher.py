@@ -102,7 +102,10 @@ class Teacher(nn.Module):
                     if (own := named.get(name)) is not None:
                         own.data = value.to(own.device)
                 del _UNCAST[part]
-        self._dtype = None
+        precision = next(
+            (p.dtype for p in self.network.parameters() if p.is_floating_point()), None
+        )
+        self._dtype = precision if self._offloaded else None
 
     def record_layers(self, layers: Sequence[str]) -> None:
         """Record the outputs of ``layers`` from now on, instead of those recorded before.

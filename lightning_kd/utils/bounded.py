@@ -46,10 +46,10 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = sketch if isinstance(sketch, (list, tuple)) else [sketch]
         self.left -= sum(each.numel() for each in results if isinstance(each, Tensor))
         if self.left < 0:
-            refuse("its tensors are far larger than the weights", self.exceeded)
+            _refuse("its tensors are far larger than the weights", self.exceeded)
 
 
-def refuse(why: str, exceeded: list[str]) -> NoReturn:
+def _refuse(why: str, exceeded: list[str]) -> NoReturn:
     """Raise ``ValueError``, and note it."""
     exceeded.append(why)
     raise ValueError(why)
@@ -79,7 +79,7 @@ def bounded(elements: int, tensors: int) -> Iterator[list[str]]:
         nonlocal left
         left -= 1
         if left < 0:
-            refuse("it has far more layers than the weights", exceeded)
+            _refuse("it has far more layers than the weights", exceeded)
 
     hooks = [
         registration.register_module_parameter_registration_hook(count),
